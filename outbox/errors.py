@@ -1,0 +1,56 @@
+"""What can go wrong, in one tree: the caller's mistakes apart from the world's failures.
+
+    OutboxError
+    ├── UsageError              the caller's mistake; nothing was written
+    │   ├── EventError          an event that cannot be written
+    │   │   ├── UnknownEventType   no schema in the catalogue has this event type
+    │   │   ├── InvalidEvent       a missing, unknown or wrong field; naive datetime; malformed uuid; key not text
+    │   │   └── EventTooLarge      the encoded value is larger than Kafka would take
+    │   ├── TransactionError    add() where there is no transaction to join
+    │   └── SchemaError         an .avsc that cannot be used
+    ├── MigrationError          the tables are missing, older, or newer than this code knows
+    └── DecodeError             bytes from Kafka that no known schema reads
+
+Every message says what happened, to what, and what to do about it. No message holds a whole payload: a wrong value is
+shown shortened.
+"""
+
+
+class OutboxError(Exception):
+    """Root of the tree: catch it to catch everything that this package raises on purpose."""
+
+
+class UsageError(OutboxError):
+    """The caller's mistake: nothing was written, and the same call will fail again until it is changed."""
+
+
+class EventError(UsageError):
+    """An event that cannot be written. Raised at the call, before anything is sent to the database."""
+
+
+class UnknownEventType(EventError):  # noqa: N818 - its base says Error, its name says which one
+    """No schema of the catalogue has this event type. The message lists the nearest names."""
+
+
+class InvalidEvent(EventError):  # noqa: N818 - its base says Error, its name says which one
+    """The event does not fit its schema. The message names the event type, the field and the remedy."""
+
+
+class EventTooLarge(EventError):  # noqa: N818 - its base says Error, its name says which one
+    """The encoded value is larger than `max_bytes`. The message names both sizes."""
+
+
+class TransactionError(UsageError):
+    """There is no transaction to join: autocommit, a closed session, a savepoint left open at the root commit."""
+
+
+class SchemaError(UsageError):
+    """An .avsc that cannot be used. The message names file, field and remedy for each problem found."""
+
+
+class MigrationError(OutboxError):
+    """The outbox's tables are missing, older or newer than this code; the message names the version and the command."""
+
+
+class DecodeError(OutboxError):
+    """Bytes that no known schema reads; the message says what was found instead of a single-object frame."""

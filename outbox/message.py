@@ -1,0 +1,58 @@
+"""Event (what a service says) and Message (its bytes: one outbox row = one Kafka record)."""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+from uuid import UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What a service says, as plain data. The typed classes that `outbox codegen` makes are the better form.
+
+    `type` is `<record namespace>.<ENUM SYMBOL>` where the record has an `event_type` enum, else the record's full name.
+    `data` are the record's fields. `event_type`, `event_id`, `timestamp` and `metadata` may be left out: the catalogue
+    fills them in; every other field is written by name, with a default or without one.
+    """
+
+    type: str
+    data: Mapping[str, Any]
+    _: KW_ONLY
+    key: str | None = None
+    """None: taken from the field that the schema names as its key."""
+    id: UUID | None = None
+    """None: the record's `event_id`, or a fresh uuid7."""
+    topic: str | None = None
+    """None: the schema's topic."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Kafka headers beside the CloudEvents ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One row of the outbox = one record in Kafka. Every field is final: nothing downstream looks into `value`."""
+
+    id: UUID
+    type: str
+    topic: str
+    key: str | None
+    """None: no key; Kafka chooses a partition and no order is kept."""
+    value: bytes | None
+    """Bare Avro bytes when `fingerprint` is set; else sent as they are. None: a tombstone."""
+    fingerprint: int | None
+    """Avro's CRC-64 of the writer's schema, as a signed 64-bit integer. None: `value` is not Avro."""
+    headers: Mapping[str, str] | None = None
+
+
+def uuid7() -> UUID:
+    """A new UUID version 7 (RFC 9562, section 5.7): sorts by the time of its making, to a quarter of a microsecond.
+
+    48 bits of Unix milliseconds, 12 bits of the fraction of the millisecond (section 6.2, method 3), 62 random bits.
+    Ids of two processes, or of one within the clock's resolution, have no promised order.
+    """
+    milliseconds, nanoseconds = divmod(time.time_ns(), 1_000_000)
+    fraction = (nanoseconds << 12) // 1_000_000
+    random = int.from_bytes(os.urandom(8)) & 0x3FFF_FFFF_FFFF_FFFF
+    return UUID(int=(milliseconds & 0xFFFF_FFFF_FFFF) << 80 | (0x7000 | fraction) << 64 | 0x8 << 60 | random)

@@ -1,0 +1,67 @@
+"""What can go wrong in a relay.
+
+::
+
+    RelayError
+    ├── ConfigError        the operator's mistake: a setting that is unknown, missing or contradicts another; the relay does not start
+    ├── ProgressError      progress in Kafka that cannot be read: not written by a relay, or by a newer one
+    ├── IllegalStep        a step that the protocol forbids now: a bug of ours, and nothing was done
+    ├── LaneHalted         what Kafka and the database say cannot both be true: a person has to look (docs/design.md, "Halting")
+    └── LaneTrouble        this hold on the lane is over; the next take settles what is in doubt
+        ├── LaneLost       another relay has the lane
+        ├── Recycle        the connection was suspicious while a transaction was under way: new producers are due
+        ├── KafkaTrouble   Kafka is away, slow, or refused something that is no event's fault
+        ├── DatabaseTrouble  the same of the database
+        └── EventRefused   Kafka refuses an event for good
+
+Nothing in this tree says "not committed": what an exception leaves in doubt is read back from Kafka (docs/design.md, "The lane protocol").
+"""
+
+
+class RelayError(Exception):
+    """Base of all errors of the relay."""
+
+
+class ConfigError(RelayError):
+    """A setting is unknown, missing, or contradicts another. Names the setting and the remedy."""
+
+
+class ProgressError(RelayError):
+    """The progress of a lane in Kafka cannot be read."""
+
+
+class IllegalStep(RelayError):
+    """The protocol forbids this step in this state."""
+
+
+class LaneHalted(RelayError):
+    """The lane must not go on by itself. The text says what was found and what to do."""
+
+
+class LaneTrouble(RelayError):
+    """This hold on the lane is over. Nothing is decided by it: the next take reads what became of the last batches."""
+
+
+class LaneLost(LaneTrouble):
+    """Another relay has the lane, or its lease could not be had."""
+
+
+class Recycle(LaneTrouble):
+    """The connection to Kafka was suspicious while a transaction was under way (KAFKA-17754): new producers are due."""
+
+
+class KafkaTrouble(LaneTrouble):
+    """Kafka is away, slow, or refused something that is no event's fault."""
+
+
+class DatabaseTrouble(LaneTrouble):
+    """The database is away, slow, or refused a statement."""
+
+
+class EventRefused(LaneTrouble):
+    """Kafka refuses an event for good: too large, topic unknown or forbidden, record invalid."""
+
+    def __init__(self, message: str, seqs: dict[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.seqs = seqs or {}
+        """The rows that were refused, with Kafka's words; empty when it is not known which."""

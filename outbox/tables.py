@@ -1,0 +1,235 @@
+"""Every table of the outbox, as SQLAlchemy MetaData: what the revisions in migrations/ must arrive at (docs/design.md, Tables).
+
+`tables(schema, lanes)` describes; it creates nothing. The revisions are written out by hand as they were released, and
+tests/test_tables.py compares the two in PostgreSQL's own catalogue. PostgreSQL 14 or newer.
+"""
+
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Computed,
+    DateTime,
+    Identity,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    SmallInteger,
+    Table,
+    Text,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from outbox.errors import UsageError
+
+SCHEMA = "outbox"
+"""The SQL schema when none is named."""
+
+MAX_LANES = 1_024
+"""A lane is a partition of the control topic and two transactional ids: more than this is a mistake, not a plan."""
+
+MAX_NAME = 200
+"""Kafka takes 249 characters in a topic's name; ours carry suffixes such as `.lanes`."""
+
+_NAME_PATTERN = f"^[a-zA-Z0-9._-]{{1,{MAX_NAME}}}$"
+_MAX_IDENTIFIER = 63  # bytes; PostgreSQL cuts longer names off without an error
+_NOT_OURS = ("public", "information_schema")
+
+
+def check_schema(schema: str) -> str:
+    """The SQL schema's name, if the outbox may have it for its own; UsageError otherwise.
+
+    `public` is refused: a host that uses Alembic keeps its own `alembic_version` there, and ours would overwrite it.
+    """
+    if schema in _NOT_OURS or schema.startswith("pg_"):
+        raise UsageError(
+            f"the outbox cannot live in the SQL schema {schema!r}: name one of its own, such as {SCHEMA!r}"
+        )
+    if not schema or "\0" in schema or len(schema.encode()) > _MAX_IDENTIFIER:
+        raise UsageError(f"{schema!r} is no name for a SQL schema: PostgreSQL takes 1 to {_MAX_IDENTIFIER} bytes")
+    return schema
+
+
+def check_lanes(lanes: int) -> int:
+    """The number of lanes, if the outbox can have so many; UsageError otherwise."""
+    if not 1 <= lanes <= MAX_LANES:
+        raise UsageError(f"{lanes} lanes: an outbox has 1 (the default, and the fastest for one relay) to {MAX_LANES}")
+    return lanes
+
+
+def lane_expression(lanes: int) -> str:
+    """SQL that gives a row its lane, as PostgreSQL prints it, so that Alembic finds no difference where there is none.
+
+    From the key, so that one lane holds all of a key; from the id where there is no key. `hashtext` and the text of a
+    uuid are IMMUTABLE, which a generated column demands. The mask takes the sign away. `mod`, not the percent sign, which
+    some drivers and some modes of Alembic double.
+    """
+    return "0" if lanes == 1 else f"mod((hashtext(COALESCE(key, (id)::text)) & 2147483647), {lanes})"
+
+
+@cache
+def tables(schema: str = SCHEMA, lanes: int = 1) -> MetaData:
+    """The MetaData of an outbox in this SQL schema with so many lanes. The same object for the same arguments."""
+    metadata = MetaData(schema=check_schema(schema))
+    _outbox(metadata, check_lanes(lanes))
+    _lane(metadata)
+    _relay(metadata)
+    _avro_schema(metadata)
+    _dead_event(metadata)
+    _meta(metadata)
+    _inbox(metadata)
+    return metadata
+
+
+def _moment(name: str, default: str = "now()") -> Column[Any]:
+    return Column(name, DateTime(timezone=True), nullable=False, server_default=text(default))
+
+
+def _record() -> list[Column[Any]]:
+    """What becomes the Kafka record; the same in `outbox` and in `dead_event`, where it waits to be retried."""
+    return [
+        Column("type", Text, nullable=False),  # the header ce_type
+        Column("topic", Text, nullable=False),
+        Column("key", Text),  # null: no order is kept
+        Column("value", LargeBinary),  # null: a tombstone
+        Column("fingerprint", BigInteger),  # Avro CRC-64, signed; null: `value` is raw bytes
+        Column("headers", JSONB),  # the event's own, text to text
+    ]
+
+
+def _outbox(metadata: MetaData, lanes: int) -> None:
+    """A row that is there is not yet published; published means deleted. Plain INSERTs of any language are right:
+    what the columns without a default need is (id, type, topic, key, value)."""
+    Table(
+        "outbox",
+        metadata,
+        # The database computes the lane, so that no writer can put a key's events into two of them.
+        Column("lane", SmallInteger, Computed(lane_expression(lanes), persisted=True), nullable=False),
+        # CACHE 1: a cached block of numbers would let a later transaction write a lower seq (docs/design.md, The safe floor).
+        Column("seq", BigInteger, Identity(always=True, cache=1), nullable=False),
+        Column(
+            "id", Uuid, nullable=False
+        ),  # not unique here: an index more would cost each write; readers use the inbox
+        *_record(),
+        # clock_timestamp(): the moment of the event, not of its transaction's start.
+        _moment("created_at", "clock_timestamp()"),
+        # The one access path: a lane in seq order. Deletes go by it too.
+        PrimaryKeyConstraint("lane", "seq"),
+        postgresql_with={
+            # Every row dies young. By count, not by share of a size that swings between nothing and a backlog …
+            "autovacuum_vacuum_scale_factor": 0,
+            "autovacuum_vacuum_threshold": 10_000,
+            # … at full speed, for dead rows come as fast as live ones …
+            "autovacuum_vacuum_cost_delay": 0,
+            # … and never for inserts alone: freezing a backlog that is about to be deleted is work for nothing.
+            "autovacuum_vacuum_insert_threshold": -1,
+        },
+    )
+
+
+def _lane(metadata: MetaData) -> None:
+    """The state of each lane as the database knows it (docs/design.md, The lane protocol). Rows 0 … lanes - 1."""
+    Table(
+        "lane",
+        metadata,
+        Column("lane", SmallInteger, primary_key=True, autoincrement=False),
+        Column("batch", BigInteger, nullable=False, server_default=text("0")),  # the last batch whose rows were deleted
+        # Starts true: "Kafka knows no progress" is right only before the first start and after a clean release.
+        Column("released", Boolean, nullable=False, server_default=text("true")),
+        Column("owner", Uuid),  # the relay that holds the lease; no foreign key: a lease outlives its relay's row
+        Column("lease_until", DateTime(timezone=True)),  # by the database's clock; liveness only, never safety
+        Column("halted", Text),  # the reason, until a person decides
+        # Updated once a batch: room on the page for the new versions (HOT), so no index entry and little to vacuum.
+        postgresql_with={
+            "fillfactor": 10,
+            "autovacuum_vacuum_scale_factor": 0,
+            "autovacuum_vacuum_threshold": 1_000,
+            "autovacuum_vacuum_cost_delay": 0,
+        },
+    )
+
+
+def _relay(metadata: MetaData) -> None:
+    """The live relays: what the fair share of lanes is counted from, and what status shows."""
+    Table(
+        "relay",
+        metadata,
+        Column("id", Uuid, primary_key=True),
+        Column("host", Text, nullable=False),
+        Column("pid", Integer, nullable=False),
+        Column("version", Text, nullable=False),
+        _moment("started_at"),
+        _moment("seen_at"),
+        # seen_at is written about once a second; no index on it, so that those updates stay on their page.
+        postgresql_with={"fillfactor": 50},
+    )
+
+
+def _avro_schema(metadata: MetaData) -> None:
+    """The writer's schema of every fingerprint in `outbox`. No foreign key: it would lock a row here for each event."""
+    Table(
+        "avro_schema",
+        metadata,
+        Column("fingerprint", BigInteger, primary_key=True, autoincrement=False),
+        Column("subject", Text, nullable=False),  # <topic>-value
+        # Text, not jsonb: jsonb reorders the members, and a registry's id belongs to the text.
+        Column("schema", Text, nullable=False),
+        _moment("created_at"),
+    )
+
+
+def _dead_event(metadata: MetaData) -> None:
+    """Events that Kafka refused for good, and those of their key that wait behind them (docs/design.md, Poison)."""
+    Table(
+        "dead_event",
+        metadata,
+        Column("id", Uuid, primary_key=True),
+        Column("lane", SmallInteger, nullable=False),  # a plain number here: where the event was
+        Column("seq", BigInteger, nullable=False),
+        *_record(),
+        Column("created_at", DateTime(timezone=True), nullable=False),  # the event's, so without a default
+        Column("error", Text, nullable=False),
+        Column("attempts", Integer, nullable=False),
+        _moment("died_at"),
+    )
+
+
+def _meta(metadata: MetaData) -> None:
+    """Who this outbox is. The uuid travels in Kafka's progress: a restored or swapped database is noticed by it."""
+    Table(
+        "meta",
+        metadata,
+        Column("one", Boolean, primary_key=True, server_default=text("true")),  # with its check: one row at most
+        Column("name", Text, nullable=False),  # group, control topic and transactional ids are built from it
+        Column("uuid", Uuid, nullable=False),
+        Column(
+            "lanes", SmallInteger, nullable=False
+        ),  # must agree with outbox.lane's expression and the rows of `lane`
+        _moment("created_at"),
+        CheckConstraint("one", name="meta_one_row"),
+        CheckConstraint(
+            f"name ~ '{_NAME_PATTERN}' AND name <> '.' AND name <> '..'", name="meta_name_is_legal_in_kafka"
+        ),
+        CheckConstraint(f"lanes >= 1 AND lanes <= {MAX_LANES}", name="meta_lanes_in_range"),
+    )
+
+
+def _inbox(metadata: MetaData) -> None:
+    """Which events a consumer has taken effect of."""
+    Table(
+        "inbox",
+        metadata,
+        Column("consumer", Text, nullable=False),
+        Column("event_id", Uuid, nullable=False),
+        _moment("processed_at"),
+        PrimaryKeyConstraint("consumer", "event_id"),
+        # Grows without dying, then dies in bulk (Inbox.purge). By count: a share of a large table would come too late.
+        postgresql_with={"autovacuum_vacuum_scale_factor": 0, "autovacuum_vacuum_threshold": 50_000},
+    )

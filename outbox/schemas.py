@@ -1,7 +1,7 @@
 """The .avsc files: reading them, and refusing what Avro's readers would misunderstand without a word.
 
 One file is one record is one Kafka topic. Beside what Avro asks for, the record carries two properties of ours, which
-Avro's canonical form ignores: `topic`, and `key`, the name of the string field that becomes the Kafka key (may be absent).
+Avro's canonical form ignores: `topic`, and `key`, the name of the string field that becomes the Kafka key (or none).
 """
 
 import json
@@ -18,7 +18,7 @@ from fastavro.schema import parse_schema, to_parsing_canonical_form
 
 from outbox.errors import SchemaError
 
-Schema = Mapping[str, Any]
+Schema = dict[str, Any]
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TOPIC = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")
@@ -240,11 +240,8 @@ def _check_fields(schema: Schema, where: str) -> Iterator[tuple[str, str]]:
             yield place, "second field of this name; remove or rename one"
         seen.add(name)
         if "logicalType" in field:
-            yield (
-                place,
-                f"logicalType {field['logicalType']} stands beside the field's type, where readers ignore it; "
-                f'write "type": {{"type": {json.dumps(field.get("type"))}, "logicalType": "{field["logicalType"]}"}}',
-            )
+            inside = json.dumps({"type": field.get("type"), "logicalType": field["logicalType"]})
+            yield place, f'logicalType stands beside the type, where readers ignore it; write "type": {inside}'
         yield from _check_type(field.get("type"), place)
 
 

@@ -1,0 +1,389 @@
+"""`outbox codegen`: .avsc files → one module of typed events, to be checked in.
+
+The same schemas always give the same text, laid out as `ruff format` leaves it, clean under `mypy --strict`. Each
+record becomes a frozen, slotted, keyword-only dataclass, each enum a StrEnum; uuid, timestamps and the other logical
+types become Python's own. Nothing is looked up at run time: the classes do not need the .avsc files.
+"""
+
+import difflib
+import json
+import keyword
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from outbox import schemas
+from outbox.errors import SchemaError
+
+REGENERATE = """Do not edit: change the .avsc files and run `outbox codegen SCHEMAS THIS_FILE` again.
+`outbox codegen --check` finds a module that is stale.
+"""
+
+PLAIN = {"null": "None", "boolean": "bool", "int": "int", "long": "int", "float": "float", "double": "float"}
+PLAIN |= {"bytes": "bytes", "string": "str"}
+LOGICAL = {"uuid": "UUID", "decimal": "Decimal", "date": "date", "time-millis": "time", "time-micros": "time"}
+LOGICAL |= {f"{local}timestamp-{unit}": "datetime" for local in ("", "local-") for unit in ("millis", "micros")}
+IMPORTS = {
+    "annotations": "__future__",
+    "Mapping": "collections.abc",
+    "Sequence": "collections.abc",
+    "dataclass": "dataclasses",
+    "field": "dataclasses",
+    "date": "datetime",
+    "datetime": "datetime",
+    "time": "datetime",
+    "Decimal": "decimal",
+    "StrEnum": "enum",
+    "Any": "typing",
+    "ClassVar": "typing",
+    "Self": "typing",
+    "UUID": "uuid",
+    "now": "outbox.message",
+    "require_aware": "outbox.message",
+    "uuid7": "outbox.message",
+}
+# A field or type of one of these names would hide what the module itself uses.
+RESERVED = frozenset(IMPORTS) | {"str", "int", "float", "bool", "bytes", "dict", "list", "classmethod"}
+RESERVED |= {"EVENTS", "AVRO_RECORD", "AVRO_FINGERPRINT", "to_avro", "from_avro"}
+
+
+def generate(path: str | Path) -> str:
+    """The text of the module for the .avsc files under `path`. Raises SchemaError, also for what Python cannot name."""
+    files = schemas.load(path)
+    module = _Module()
+    events = [module.record(schema, schemas.full_name(schema), schema) for schema in files.values()]
+    title = "\n".join(
+        textwrap.wrap(f'"""Typed events, made by `outbox codegen` from {", ".join(f.name for f in files)}.', 118)
+    )
+    listed = "".join(f"    {name},\n" for name in events)
+    return f'{title}\n\n{REGENERATE}"""\n\n{module.imports()}\n\n{module.body()}\n\nEVENTS = (\n{listed})\n'
+
+
+@click.command("codegen")
+@click.argument("folder", metavar="SCHEMAS", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 and show the difference when OUT is stale.")
+def codegen(folder: Path, out: Path, *, check: bool) -> None:
+    """Turn the .avsc files of SCHEMAS into OUT, one Python module of typed events."""
+    try:
+        text = generate(folder)
+    except SchemaError as error:
+        raise click.ClickException(str(error)) from error
+    old = out.read_text(encoding="utf-8") if out.exists() else ""
+    if not check:
+        out.write_text(text, encoding="utf-8")
+        click.echo(f"{out}: {'unchanged' if old == text else 'written'}")
+    elif old != text:
+        click.echo(_difference(old, text, out), nl=False)
+        click.echo(f"{out} is stale; run: outbox codegen {folder} {out}", err=True)
+        sys.exit(1)
+
+
+@click.command("lint")
+@click.argument("path", type=click.Path(path_type=Path))
+def lint(path: Path) -> None:
+    """Name what makes the .avsc files under PATH unusable, or misleading to readers; exit 1 when there is anything."""
+    problems = schemas.lint(path)
+    for problem in problems:
+        click.echo(str(problem))
+    if problems:
+        sys.exit(1)
+    click.echo(f"{path}: no problems")
+
+
+def _difference(old: str, new: str, out: Path, limit: int = 40) -> str:
+    lines = difflib.unified_diff(old.splitlines(True), new.splitlines(True), str(out), "generated now", n=1)
+    shown = list(lines)
+    more = f"… and {len(shown) - limit} lines more\n" if len(shown) > limit else ""
+    return "".join(shown[:limit]) + more
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """One field of a dataclass."""
+
+    name: str
+    avro: str
+    type: str
+    default: str
+    doc: str
+    aware: bool
+    to_avro: str
+    from_avro: str
+
+
+@dataclass(slots=True)
+class _Module:
+    """The classes met so far, each after those it needs, and the names they use."""
+
+    classes: dict[str, str] = field(default_factory=dict)
+    full_names: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    definitions: dict[str, Any] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+
+    def body(self) -> str:
+        return "\n\n".join(self.classes.values())
+
+    def imports(self) -> str:
+        groups: dict[int, dict[str, list[str]]] = {}
+        for name in sorted(self.used, key=lambda name: (name != name.upper(), name)):
+            module = IMPORTS[name]
+            groups.setdefault((module != "__future__") + module.startswith("outbox"), {}).setdefault(module, []).append(
+                name
+            )
+        return "\n".join(
+            "".join(f"from {module} import {', '.join(names)}\n" for module, names in sorted(group.items()))
+            for _, group in sorted(groups.items())
+        )
+
+    def use(self, *names: str) -> None:
+        self.used.update(names)
+
+    def record(self, schema: Mapping[str, Any], full: str, event: Mapping[str, Any] | None = None) -> str:
+        """The class of a record, with all that it needs; its name."""
+        name = self.claim(full, schema, "record")
+        if name in self.classes:
+            return name
+        self.classes[name] = ""
+        space = full.rpartition(".")[0]
+        members = [self.field(member, space, event) for member in schema["fields"]]
+        if len({member.name for member in members}) < len(members):
+            raise SchemaError(f"{full}: two fields would have the same name in Python; rename one")
+        del self.classes[name]  # so that it stands behind the classes its fields brought
+        self.use("dataclass", "Any", "Mapping", "Self")
+        self.classes[name] = "\n".join(self.record_lines(name, full, schema, members, event)) + "\n"
+        return name
+
+    def record_lines(
+        self, name: str, full: str, schema: Mapping[str, Any], members: list[_Field], event: Mapping[str, Any] | None
+    ) -> Iterator[str]:
+        yield "@dataclass(frozen=True, slots=True, kw_only=True)"
+        yield f"class {name}:"
+        yield from _doc(schema.get("doc") or f"{full}.")
+        yield ""
+        if event is not None:
+            self.use("ClassVar")
+            yield f'    AVRO_RECORD: ClassVar[str] = "{full}"'
+            yield f"    AVRO_FINGERPRINT: ClassVar[int] = {schemas.fingerprint(dict(event))}"
+            yield ""
+        for member in members:
+            yield f"    {member.name}: {member.type}{member.default}"
+            if member.doc:
+                yield from _doc(member.doc)
+        if any(member.aware for member in members):
+            self.use("require_aware")
+            yield ""
+            yield "    def __post_init__(self) -> None:"
+        for member in members:
+            if member.aware:
+                yield f'        require_aware(self.{member.name}, "{name}", "{member.avro}")'
+        yield ""
+        yield "    def to_avro(self) -> dict[str, Any]:"
+        yield '        """The fields as Avro names them."""'
+        yield "        return {"
+        yield from (f'            "{member.avro}": {member.to_avro},' for member in members)
+        yield "        }"
+        yield ""
+        yield "    @classmethod"
+        yield "    def from_avro(cls, data: Mapping[str, Any]) -> Self:"
+        yield '        """Out of the fields that Avro\'s reader gives."""'
+        yield "        return cls("
+        yield from (f"            {member.name}={member.from_avro}," for member in members)
+        yield "        )"
+
+    def field(self, member: Mapping[str, Any], space: str, event: Mapping[str, Any] | None) -> _Field:
+        name = str(member["name"])
+        python = _field_name(name)
+        kind = self.type(member["type"], space)
+        return _Field(
+            name=python,
+            avro=name,
+            type=kind,
+            default=self.default(member, kind, space, event),
+            doc=str(member.get("doc", "")),
+            aware=self.is_timestamp(member["type"]),
+            to_avro=self.convert(member["type"], f"self.{python}", space, out=True),
+            from_avro=self.convert(member["type"], f'data["{name}"]', space, out=False),
+        )
+
+    def type(self, schema: Any, space: str) -> str:
+        """The Python type of an Avro type, as an annotation."""
+        if isinstance(schema, list):
+            kinds = list(dict.fromkeys(self.type(branch, space) for branch in schema))
+            return " | ".join(sorted(kinds, key=lambda kind: kind == "None"))
+        if isinstance(schema, str):
+            return PLAIN.get(schema) or self.reference(schema, space)
+        kind = schema["type"]
+        if kind == "array":
+            self.use("Sequence")
+            return f"Sequence[{self.type(schema['items'], space)}]"
+        if kind == "map":
+            self.use("Mapping")
+            return f"Mapping[str, {self.type(schema['values'], space)}]"
+        if kind in schemas.NAMED:
+            return self.named(schema, space)
+        if isinstance(kind, dict | list):
+            return self.type(kind, space)
+        return self.logical(schema) or self.type(kind, space)
+
+    def logical(self, schema: Mapping[str, Any]) -> str | None:
+        name = LOGICAL.get(schema.get("logicalType", ""))
+        if name and not (name == "UUID" and schema["type"] != "string"):
+            self.use(name)
+            return name
+        return None
+
+    def named(self, schema: Mapping[str, Any], space: str) -> str:
+        full = schemas.full_name({"namespace": space, **schema})
+        if schema["type"] == "enum":
+            return self.enum(schema, full)
+        if schema["type"] == "fixed":
+            self.definitions[full] = schema
+            return self.logical(schema) or "bytes"
+        return self.record(schema, full)
+
+    def reference(self, name: str, space: str) -> str:
+        full = name if "." in name else f"{space}.{name}"
+        definition = self.definitions[full]
+        if definition["type"] == "fixed":
+            return self.logical(definition) or "bytes"
+        name = full.rpartition(".")[2]
+        if not self.classes.get(name):
+            self.use("annotations")  # a record that holds itself: its class is not there yet
+        return name
+
+    def enum(self, schema: Mapping[str, Any], full: str) -> str:
+        name = self.claim(full, schema, "enum")
+        if name not in self.classes:
+            self.use("StrEnum")
+            members = [f'    {_symbol(symbol)} = "{symbol}"' for symbol in schema["symbols"]]
+            doc = _doc(schema["doc"]) if schema.get("doc") else []
+            self.classes[name] = "\n".join([f"class {name}(StrEnum):", *doc, *([""] if doc else []), *members]) + "\n"
+        return name
+
+    def claim(self, full: str, schema: Mapping[str, Any], kind: str) -> str:
+        """The class name of a named type. SchemaError where two types, or a type and the module, want one name."""
+        name = full.rpartition(".")[2]
+        if name in RESERVED or keyword.iskeyword(name):
+            raise SchemaError(f"{full}: the module needs the name {name} itself; rename the type in the .avsc")
+        if self.full_names.setdefault(name, full) != full:
+            raise SchemaError(
+                f"{full}: its class would have the name of {self.full_names[name]}'s; rename one of the types"
+            )
+        if self.definitions.setdefault(full, schema) != schema:
+            raise SchemaError(f"{full} is defined twice, and differently; define it alike or rename one")
+        self.kinds[name] = kind
+        return name
+
+    def default(self, member: Mapping[str, Any], kind: str, space: str, event: Mapping[str, Any] | None) -> str:
+        """What stands behind the annotation: envelope fields make themselves, others have the schema's default."""
+        factory = _envelope(member) if event is not None else None
+        if factory:
+            self.use("field", *({factory} & set(IMPORTS)))
+            return f" = field(default_factory={factory})"
+        if "default" not in member:
+            return ""
+        value = member["default"]
+        if value in ([], {}) and kind.startswith(("Sequence", "Mapping")):
+            self.use("field")
+            return f" = field(default_factory={'list' if value == [] else 'dict'})"
+        return self.literal(value, member["type"], space)
+
+    def literal(self, value: Any, schema: Any, space: str) -> str:
+        """A default that is one plain value; another (a record, a filled list) has to be given by the caller."""
+        kind = self.type(schema[0] if isinstance(schema, list) else schema, space)
+        if value is None or (kind in ("bool", "int") and isinstance(value, int)):
+            return f" = {value}"
+        if kind == "float":
+            return f" = {float(value)!r}"
+        if kind == "str":
+            return f" = {json.dumps(value, ensure_ascii=False)}"
+        if self.kinds.get(kind) == "enum":
+            return f" = {kind}.{_symbol(value)}"
+        return ""
+
+    def is_timestamp(self, schema: Any) -> bool:
+        """True for what has to be an aware datetime."""
+        if isinstance(schema, list):
+            return any(self.is_timestamp(branch) for branch in schema)
+        return isinstance(schema, dict) and schema.get("logicalType") in ("timestamp-millis", "timestamp-micros")
+
+    def convert(self, schema: Any, value: str, space: str, *, out: bool) -> str:
+        """The expression between a Python value and what Avro's writer takes (`out`) or its reader gives."""
+        if isinstance(schema, list):
+            return self.convert_union(schema, value, space, out=out)
+        kind = schema["type"] if isinstance(schema, dict) else schema
+        if kind == "array" and (inner := self.convert(schema["items"], "item", space, out=out)) != "item":
+            return f"[{inner} for item in {value}]"
+        if kind == "map" and (inner := self.convert(schema["values"], "item", space, out=out)) != "item":
+            return f"{{key: {inner} for key, item in {value}.items()}}"
+        if isinstance(kind, dict | list):
+            return self.convert(kind, value, space, out=out)
+        name = self.type(schema, space)
+        if self.kinds.get(name) == "record":
+            return f"{value}.to_avro()" if out else f"{name}.from_avro({value})"
+        if self.kinds.get(name) == "enum" and not out:
+            return f"{name}({value})"
+        return value
+
+    def convert_union(self, branches: list[Any], value: str, space: str, *, out: bool) -> str:
+        rest = [branch for branch in branches if branch != "null"]
+        inner = [self.convert(branch, value, space, out=out) for branch in rest]
+        if all(text == value for text in inner):
+            return value
+        if len(rest) > 1:
+            raise SchemaError(
+                f"a union of several types with a record or an enum ({value}) has no typed form here; split it"
+            )
+        return inner[0] if len(branches) == 1 else f"None if {value} is None else {inner[0]}"
+
+
+def _envelope(member: Mapping[str, Any]) -> str | None:
+    """The factory of a field that every event has, when it has the type that the catalogue fills in."""
+    schema, name = member["type"], member["name"]
+    logical = schema.get("logicalType") if isinstance(schema, dict) else None
+    if name == "event_id" and logical == "uuid":
+        return "uuid7"
+    if name == "timestamp" and logical in ("timestamp-millis", "timestamp-micros"):
+        return "now"
+    if name == "metadata" and isinstance(schema, dict) and schema["type"] == "map" and not member.get("default"):
+        return "dict"
+    return None
+
+
+def _doc(text: str) -> Iterator[str]:
+    """A docstring of one level in, wrapped."""
+    clean = " ".join(str(text).split()).replace("\\", "\\\\").replace('"""', "'''")
+    clean = clean + " " if clean.endswith('"') else clean
+    lines = textwrap.wrap(clean, 106) or ["."]
+    if len(lines) == 1:
+        yield f'    """{lines[0]}"""'
+        return
+    yield f'    """{lines[0]}'
+    yield from (f"    {line}" for line in lines[1:])
+    yield '    """'
+
+
+def _field_name(name: str) -> str:
+    """A field's name in Python: one that is a keyword, used by the module, or mangled gets an underscore at its end."""
+    if keyword.iskeyword(name) or name in RESERVED or name.startswith("__"):
+        return f"{name.lstrip('_')}_"
+    return name
+
+
+def _symbol(symbol: str) -> str:
+    """A symbol's name in Python: str's methods and the enum's machinery keep theirs."""
+    if (
+        keyword.iskeyword(symbol)
+        or hasattr(str, symbol)
+        or symbol in ("name", "value", "mro")
+        or symbol.startswith("_")
+    ):
+        return f"{symbol.strip('_')}_"
+    return symbol

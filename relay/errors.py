@@ -9,6 +9,7 @@
     ├── LaneHalted         what Kafka and the database say cannot both be true: a person has to look (docs/design.md, "Halting")
     └── LaneTrouble        this hold on the lane is over; the next take settles what is in doubt
         ├── LaneLost       another relay has the lane
+        ├── TakeAgain      the two readings contradict each other, which a zombie's last step may explain
         ├── Recycle        the connection was suspicious while a transaction was under way: new producers are due
         ├── KafkaTrouble   Kafka is away, slow, or refused something that is no event's fault
         ├── DatabaseTrouble  the same of the database
@@ -46,6 +47,10 @@ class LaneLost(LaneTrouble):
     """Another relay has the lane, or its lease could not be had."""
 
 
+class TakeAgain(LaneTrouble):
+    """Kafka and the database contradict each other; a zombie's last step may explain it. Seen twice in a row: halt."""
+
+
 class Recycle(LaneTrouble):
     """The connection to Kafka was suspicious while a transaction was under way (KAFKA-17754): new producers are due."""
 
@@ -60,8 +65,3 @@ class DatabaseTrouble(LaneTrouble):
 
 class EventRefused(LaneTrouble):
     """Kafka refuses an event for good: too large, topic unknown or forbidden, record invalid."""
-
-    def __init__(self, message: str, seqs: dict[int, str] | None = None) -> None:
-        super().__init__(message)
-        self.seqs = seqs or {}
-        """The rows that were refused, with Kafka's words; empty when it is not known which."""

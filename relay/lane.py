@@ -46,7 +46,7 @@ _INFLATED_BYTES = 1 << 20  # far above what METADATA_BYTES of honest progress ca
 
 
 class Step(StrEnum):
-    """Where a relay can be when it dies; the failpoints of the crash tests carry these names."""
+    """What a relay has just done when it dies; the failpoints of the crash tests carry these names."""
 
     LEASE = "lease"
     FENCE = "fence"
@@ -57,9 +57,7 @@ class Step(StrEnum):
     FLUSH = "flush"
     OFFSETS = "offsets"
     COMMIT = "commit"
-    COMMITTED = "committed"
     DELETE = "delete"
-    DELETED = "deleted"
 
 
 # ---- sets of seqs ----------------------------------------------------------------------------------------------------
@@ -107,12 +105,14 @@ class Progress:
 
     def metadata(self) -> str:
         """The text kept with the offset: a format mark, then base64 of zlib of the uuid and the runs as varints."""
-        gaps_and_lengths = []
+        gaps_and_lengths: list[int] = []
         end = 0
         for start, stop in self.runs:
             gaps_and_lengths += (start - end, stop - start)
             end = stop
-        return _FORMAT + base64.b64encode(zlib.compress(self.outbox.bytes + _varints(gaps_and_lengths), 1)).decode("ascii")
+        return _FORMAT + base64.b64encode(zlib.compress(self.outbox.bytes + _varints(gaps_and_lengths), 1)).decode(
+            "ascii"
+        )
 
 
 def parse_progress(batch: int, metadata: str) -> Progress:
@@ -184,7 +184,7 @@ def _parse_varints(raw: bytes, batch: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Nothing is in doubt: go on after `batch`."""
+    """Nothing is in doubt: the former holder did not stop, but nothing of it was under way. Go on after `batch`."""
 
     batch: int
 
@@ -199,7 +199,12 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Kafka knows nothing, and rightly so: write progress `batch` first (an empty transaction), then go on after it."""
+    """The lane was left clean, so Kafka may have forgotten its progress, or be about to: begin with the empty batch `batch`.
+
+    Write its progress first (an empty transaction), then set the lane from `batch - 1` to `batch`, which clears `released`; a
+    crash between the two is an ordinary `Finish`. It has a number of its own because its progress names no rows: a database
+    restored to before the last real batch must not take it for that one's.
+    """
 
     batch: int
 
@@ -226,7 +231,7 @@ def reconcile(outbox: UUID, batch: int, released: bool, progress: Progress | Non
     """
     if progress is None:
         if released:
-            return Begin(batch)
+            return Begin(batch + 1)
         return Doubt(
             f"Kafka has no progress for this lane, the database is at batch {batch}, and the lane was not left by a clean "
             "stop. Kafka was replaced or emptied, or the relay was away for longer than the broker keeps offsets "
@@ -240,7 +245,7 @@ def reconcile(outbox: UUID, batch: int, released: bool, progress: Progress | Non
             transient=False,
         )
     if progress.batch == batch:
-        return Resume(batch)
+        return Begin(batch + 1) if released else Resume(batch)
     if progress.batch == batch + 1:
         return Finish(progress.batch, progress.runs)
     found = "behind" if progress.batch > batch else "ahead"
@@ -294,7 +299,8 @@ class Lane:
     def may_produce(self, number: int) -> bool:
         """n may be produced once n-1 was flushed (so it stands behind it in every partition) and its id's last transaction ended."""
         return self._is(number, Stage.FETCHED) and all(
-            before.stage is not Stage.FETCHED and (before.number > number - PRODUCERS or before.stage is Stage.COMMITTED)
+            before.stage is not Stage.FETCHED
+            and (before.number > number - PRODUCERS or before.stage is Stage.COMMITTED)
             for before in self.window
             if before.number < number
         )
@@ -321,7 +327,7 @@ class Lane:
     def deleted(self, number: int) -> "Lane":
         if not (self._is(number, Stage.COMMITTED) and number == self.batch + 1):
             raise IllegalStep(f"batch {number} may not be deleted in {self}")
-        return Lane(number, self.window[1:])
+        return replace(self, batch=number, window=self.window[1:])
 
     def _is(self, number: int, stage: Stage) -> bool:
         position = number - self.batch - 1

@@ -1,0 +1,248 @@
+"""The relay's settings: one frozen object, made from the environment and a TOML file, refused at construction when it contradicts itself."""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from relay.errors import ConfigError
+
+PREFIX = "OUTBOX_"
+KAFKA_PREFIX = "OUTBOX_KAFKA_"
+
+KAFKA_GUARANTEE: Mapping[str, str] = {
+    "transactional.id": "the lane's two producers are fenced by it",
+    "enable.idempotence": "a retry would double a record",
+    "enable.gapless.guarantee": "it is part of how a lost record is noticed",
+    "acks": "a record that only one broker has can be lost",
+    "request.required.acks": "a record that only one broker has can be lost",
+    "max.in.flight.requests.per.connection": "more than five would break the order of a key",
+    "max.in.flight": "more than five would break the order of a key",
+    "message.send.max.retries": "a record given up on would tear a batch",
+    "retries": "a record given up on would tear a batch",
+    "isolation.level": "progress must be read committed",
+    "group.id": "progress is kept under the outbox's name",
+    "enable.auto.commit": "progress is committed with the events, in their transaction",
+    "delivery.report.only.error": "the relay counts on hearing of failures only",
+    "partitioner": "keys must land where those of Java producers land (murmur2)",
+    "log_level": "the client's log shows connections lost in a transaction",
+    "log.connection.close": "the client's log shows connections lost in a transaction",
+    "log.queue": "the client's log shows connections lost in a transaction",
+}
+"""librdkafka settings that the guarantee rests on; each with the reason why it cannot be set."""
+
+KAFKA_DEFAULTS: Mapping[str, str | int | float | bool] = {
+    "client.id": "outbox-relay",
+    "linger.ms": 1,
+    "batch.size": 1_000_000,
+    # With librdkafka's default of 100 ms the p99 of a small transaction is 90-120 ms (docs/design.md, "The lane protocol").
+    "retry.backoff.ms": 10,
+    "socket.nagle.disable": True,
+    "queue.buffering.max.messages": 1_000_000,
+    "transaction.timeout.ms": 15_000,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayConfig:
+    """Every setting of a relay. Durations are seconds, sizes bytes.
+
+    In the environment a field `x` is `OUTBOX_X`; a librdkafka setting `a.b` is `OUTBOX_KAFKA_A_B`. In the TOML file fields
+    stand at the top level and librdkafka settings in the table `[kafka]` under their own names. The environment wins.
+
+    Raises:
+        ConfigError: names the setting and the remedy.
+    """
+
+    database_url: str = field(repr=False)
+    """postgresql:// URL of the service's database. Required."""
+    kafka: Mapping[str, str | int | float | bool] = field(repr=False)
+    """librdkafka settings; `bootstrap.servers` is required. Those in KAFKA_GUARANTEE are refused."""
+    schema: str = "outbox"
+    """SQL schema that holds the outbox's tables."""
+    source: str | None = None
+    """The CloudEvents source of the events (`ce_source`). None: /outbox/<name of the outbox>."""
+    batch_rows: int = 8_000
+    """Events in one Kafka transaction at most. More costs memory and latency, less throughput."""
+    batch_bytes: int = 16 * 1024 * 1024
+    """Bytes of values in one Kafka transaction at most (one event may exceed it). Bounds the relay's memory."""
+    lease: float = 3.0
+    """How long a lane stays with a relay that says nothing. A crashed relay's lanes wait so long; safety does not rest on it."""
+    poll_shortest: float = 0.0015
+    """Wait before the next fetch right after an event. Shorter: less latency, more CPU."""
+    poll_longest: float = 0.05
+    """Wait between fetches of an idle lane."""
+    keepalive: float = 3_600.0
+    """An idle lane writes its progress again so often: Kafka forgets offsets (7 days) and transactional ids (7 days) that rest."""
+    database_timeout: float = 30.0
+    """A statement that takes longer is given up, and the lane is taken anew."""
+    kafka_timeout: float = 30.0
+    """A call to Kafka that takes longer is given up, and the lane is taken anew."""
+    drain_timeout: float = 20.0
+    """After SIGTERM: how long batches under way may take to finish before the relay leaves all the same."""
+    prepared_statements: bool = True
+    """False for PgBouncer in transaction mode before 1.21, which cannot keep them."""
+    log_level: str = "info"
+    """debug (every batch), info (changes of state), warning, error."""
+
+    def __post_init__(self) -> None:
+        self._check_database_url()
+        self._check_kafka()
+        positive = ("batch_rows", "batch_bytes", "lease", "poll_shortest", "poll_longest", "keepalive")
+        for name in (*positive, "database_timeout", "kafka_timeout", "drain_timeout"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{_named(name)} is {getattr(self, name)}: it must be greater than 0")
+        if self.poll_shortest > self.poll_longest:
+            raise ConfigError(
+                f"{_named('poll_shortest')} ({self.poll_shortest} s) is longer than {_named('poll_longest')} ({self.poll_longest} s)"
+            )
+        if self.lease < 1:
+            raise ConfigError(
+                f"{_named('lease')} is {self.lease} s: a lease is renewed three times in its time, 1 s is the least"
+            )
+        if self.batch_rows * 2 > int(
+            self.kafka.get("queue.buffering.max.messages", KAFKA_DEFAULTS["queue.buffering.max.messages"])
+        ):
+            raise ConfigError(
+                f"{_named('batch_rows')} is {self.batch_rows}: the Kafka client's queue (queue.buffering.max.messages) must hold twice that"
+            )
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise ConfigError(f"{_named('log_level')} is {self.log_level!r}: use debug, info, warning or error")
+
+    def _check_database_url(self) -> None:
+        scheme = urlsplit(self.database_url).scheme
+        if scheme not in ("postgresql", "postgres"):
+            raise ConfigError(
+                f"{_named('database_url')} starts with {scheme!r}: it must be a postgresql:// URL, such as "
+                "postgresql://user@host:5432/database"
+            )
+
+    def _check_kafka(self) -> None:
+        if not self.kafka.get("bootstrap.servers"):
+            raise ConfigError("bootstrap.servers is not set: set OUTBOX_KAFKA_BOOTSTRAP_SERVERS=host:port[,host:port]")
+        for name, reason in KAFKA_GUARANTEE.items():
+            if name in self.kafka:
+                raise ConfigError(f"the Kafka setting {name} cannot be changed: {reason}. Remove it")
+
+    def producer(self) -> dict[str, Any]:
+        """librdkafka settings of a producer, without its transactional.id."""
+        return {
+            **KAFKA_DEFAULTS,
+            **self.kafka,
+            "partitioner": "murmur2_random",
+            "delivery.report.only.error": True,
+            "log.connection.close": True,
+        }
+
+    def client(self) -> dict[str, Any]:
+        """librdkafka settings that any client of the cluster takes: addresses, security, sockets."""
+        shared = (
+            "reconnect.",
+            "connections.",
+            "api.version.",
+            "enable.sasl.",
+            "bootstrap.",
+            "metadata.broker.list",
+            "security.",
+            "sasl.",
+            "ssl.",
+            "socket.",
+            "broker.",
+            "client.",
+            "enable.ssl.",
+        )
+        own = {**KAFKA_DEFAULTS, **self.kafka}
+        return {name: value for name, value in own.items() if name.startswith(shared)}
+
+
+def load(environ: Mapping[str, str] = os.environ, path: Path | None = None) -> RelayConfig:
+    """The settings from a TOML file (`path`, or OUTBOX_CONFIG) and, above it, the environment.
+
+    Raises:
+        ConfigError: names the setting, where it stands, and the remedy.
+    """
+    if path is None and (named := environ.get(PREFIX + "CONFIG")):
+        path = Path(named)
+    settings = _from_file(path) if path else {}
+    kafka = dict(settings.pop("kafka", {}))
+    for name, text in environ.items():
+        if name.startswith(KAFKA_PREFIX):
+            kafka[name[len(KAFKA_PREFIX) :].lower().replace("_", ".")] = text
+        elif name.startswith(PREFIX) and name not in _NOT_SETTINGS and not name.startswith(_TEST_PREFIX):
+            settings[_known(name[len(PREFIX) :].lower(), name)] = text
+    if "database_url" not in settings:
+        raise ConfigError("the database is not named: set OUTBOX_DATABASE_URL=postgresql://user@host:5432/database")
+    typed = {name: _typed(name, value) for name, value in settings.items()}
+    return RelayConfig(kafka=_log_level_restored(kafka), **typed)
+
+
+_NOT_SETTINGS = {"OUTBOX_CONFIG", "OUTBOX_FAILPOINT"}
+_TEST_PREFIX = "OUTBOX_TEST_"
+
+
+def _log_level_restored(kafka: dict[str, Any]) -> dict[str, Any]:
+    """The two librdkafka names with an underscore keep it."""
+    for spelled, name in (("log.level", "log_level"), ("plugin.library.paths", "plugin.library.paths")):
+        if spelled in kafka:
+            kafka[name] = kafka.pop(spelled)
+    return kafka
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            settings = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"the settings file {path} cannot be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"the settings file {path} is no TOML: {error}") from error
+    kafka = settings.get("kafka", {})
+    if not isinstance(kafka, dict) or any(isinstance(value, dict | list) for value in kafka.values()):
+        raise ConfigError(
+            f'{path}: [kafka] must be a table of librdkafka settings, quoted where they hold dots: "linger.ms" = 5'
+        )
+    return {name if name == "kafka" else _known(name, f"{name} in {path}"): value for name, value in settings.items()}
+
+
+def _known(name: str, where: str) -> str:
+    names = [f.name for f in fields(RelayConfig) if f.name != "kafka"]
+    if name in names:
+        return name
+    near = get_close_matches(name, names, 1)
+    hint = f"Did you mean {_named(near[0])}?" if near else f"Known: {', '.join(_named(n) for n in names)}"
+    raise ConfigError(f"unknown setting {where}. {hint}")
+
+
+def _typed(name: str, value: Any) -> Any:
+    """The value as its field's type; text comes from the environment, other types from TOML."""
+    kind = next(f.type for f in fields(RelayConfig) if f.name == name)
+    if kind is bool:
+        words = {
+            "true": True,
+            "1": True,
+            "yes": True,
+            "on": True,
+            "false": False,
+            "0": False,
+            "no": False,
+            "off": False,
+        }
+        if str(value).lower() not in words:
+            raise ConfigError(f"{_named(name)} is {value!r}: use true or false")
+        return words[str(value).lower()]
+    if kind in (int, float):
+        try:
+            return kind(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{_named(name)} is {value!r}: it must be a number") from error
+    if not isinstance(value, str):
+        raise ConfigError(f"{_named(name)} is {value!r}: it must be text")
+    return value
+
+
+def _named(name: str) -> str:
+    return PREFIX + name.upper()

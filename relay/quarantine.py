@@ -1,0 +1,58 @@
+"""Which events of a lane are parked: those that Kafka refuses for good, and later ones of their key (docs/design.md, "Poison"). No I/O."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class Quarantine:
+    """Finds the event that Kafka refuses by taking fewer rows until it stands alone. Lives as long as the lane's worker.
+
+    Kafka's errors name a batch, not an event, so the batch is cut to an eighth after each refusal; it grows again by doubling.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._most = rows
+        self.rows = rows
+        """How many rows the next batch may take."""
+        self._condemned: dict[int, str] = {}
+        self._held: set[tuple[str, str]] = set()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is to be parked: the rows need not be looked at."""
+        return not self._condemned and not self._held
+
+    def hold(self, keys: set[tuple[str, str]]) -> None:
+        """Set the (topic, key) pairs whose events wait behind a parked one."""
+        self._held = keys
+
+    def refused(self, seqs: Sequence[int], words: str) -> None:
+        """Kafka refused the batch of `seqs`."""
+        if len(seqs) == 1:
+            self._condemned[seqs[0]] = words
+        else:
+            self.rows = max(1, len(seqs) // 8)
+
+    def published(self) -> None:
+        """A batch went through."""
+        self.rows = min(self._most, self.rows * 2)
+
+    def sort(self, rows: Sequence[Any]) -> tuple[list[Any], dict[int, str]]:
+        """Part rows (seq first, topic and key at 3 and 4) into those to publish and those to park (seq → error)."""
+        publish, parked = [], {}
+        for row in rows:
+            seq, topic, key = row[0], row[3], row[4]
+            if seq in self._condemned:
+                parked[seq] = self._condemned[seq]
+                if key is not None:
+                    self._held.add((topic, key))
+            elif (topic, key) in self._held:
+                parked[seq] = "held: an earlier event of its key is parked"
+            else:
+                publish.append(row)
+        return publish, parked
+
+    def parked(self, seqs: Sequence[int]) -> None:
+        """The rows are in dead_event now."""
+        for seq in seqs:
+            self._condemned.pop(seq, None)

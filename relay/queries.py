@@ -1,0 +1,322 @@
+"""The relay's SQL: one typed function per statement, whose body is the statement. The only place that speaks to the database.
+
+Each statement is a transaction of its own. None needs session state, so all pass PgBouncer in transaction mode. Times are the
+database's: clocks of relays play no part.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from relay.config import RelayConfig
+from relay.errors import ConfigError, DatabaseTrouble
+from relay.lane import Runs
+
+TROUBLE = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""What a database that is away, slow or restarting raises through asyncpg."""
+
+REFUSED = (
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.InvalidAuthorizationSpecificationError,  # and InvalidPasswordError
+    asyncpg.InsufficientPrivilegeError,
+    asyncpg.UndefinedTableError,
+    asyncpg.InvalidSchemaNameError,
+    asyncpg.UndefinedColumnError,
+)
+"""What waiting does not mend: a name, a password, a grant or a migration is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What the outbox says of itself; set when it was created."""
+
+    name: str
+    uuid: UUID
+    lanes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LaneRow:
+    """A lane as the database knows it."""
+
+    lane: int
+    batch: int
+    released: bool
+    owner: UUID | None
+    free: bool
+    """Nobody's, or its lease ran out."""
+    halted: str | None
+
+
+class Queries:
+    """The statements of one outbox (a SQL schema) over a pool of connections."""
+
+    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]", schema: str) -> None:
+        self._pool = pool
+        self._schema = '"' + schema.replace('"', '""') + '"'
+
+    def connection(self) -> AbstractAsyncContextManager[Any]:
+        """A connection of the pool, for a caller who makes many statements."""
+        return self._pool.acquire()
+
+    # ---- at start ----------------------------------------------------------------------------------------------------
+
+    async def version(self) -> str | None:
+        """The revision of the outbox's tables; None where there are none."""
+        s = self._schema
+        if await self._pool.fetchval("SELECT to_regclass($1)", f"{s}.alembic_version") is None:
+            return None
+        return await self._pool.fetchval(f"SELECT version_num FROM {s}.alembic_version")  # type: ignore[no-any-return]
+
+    async def meta(self) -> Meta:
+        row = await self._pool.fetchrow(f"SELECT name, uuid, lanes FROM {self._schema}.meta")
+        if row is None:
+            raise ConfigError(
+                f"{self._schema}.meta is empty: the outbox was not created by a migration. Run `outbox migrate`"
+            )
+        return Meta(row["name"], UUID(bytes=row["uuid"].bytes), row["lanes"])
+
+    # ---- leases ------------------------------------------------------------------------------------------------------
+
+    async def lanes(self) -> list[LaneRow]:
+        """Every lane, in order."""
+        rows = await self._pool.fetch(
+            f"""
+            SELECT lane, batch, released, owner, owner IS NULL OR lease_until < clock_timestamp() AS free, halted
+              FROM {self._schema}.lane ORDER BY lane
+            """
+        )
+        return [_lane_row(row) for row in rows]
+
+    async def lane(self, lane: int) -> LaneRow:
+        """One lane."""
+        row = await self._pool.fetchrow(
+            f"""
+            SELECT lane, batch, released, owner, owner IS NULL OR lease_until < clock_timestamp() AS free, halted
+              FROM {self._schema}.lane WHERE lane = $1
+            """,
+            lane,
+        )
+        if row is None:
+            raise DatabaseTrouble(f"lane {lane} is not there any more")
+        return _lane_row(row)
+
+    async def lease(self, lane: int, owner: UUID, seconds: float) -> bool:
+        """Step 1: have the lane for `seconds`, if it is free or ours. False: another relay has it, or it is halted."""
+        status = await self._pool.execute(
+            f"""
+            UPDATE {self._schema}.lane SET owner = $2, lease_until = clock_timestamp() + make_interval(secs => $3)
+             WHERE lane = $1 AND halted IS NULL AND (owner IS NULL OR owner = $2 OR lease_until < clock_timestamp())
+            """,
+            lane,
+            owner,
+            seconds,
+        )
+        return status == "UPDATE 1"
+
+    async def renew(self, lanes: Sequence[int], owner: UUID, seconds: float) -> set[int]:
+        """Prolong the leases of those `lanes` that are still ours; those are returned."""
+        rows = await self._pool.fetch(
+            f"""
+            UPDATE {self._schema}.lane SET lease_until = clock_timestamp() + make_interval(secs => $3)
+             WHERE lane = ANY($1::smallint[]) AND owner = $2 RETURNING lane
+            """,
+            lanes,
+            owner,
+            seconds,
+        )
+        return {row["lane"] for row in rows}
+
+    async def release(self, lane: int, owner: UUID, clean: bool) -> bool:
+        """Give the lane up. `clean`: nothing is under way or in doubt, so that Kafka may forget its progress."""
+        status = await self._pool.execute(
+            f"""
+            UPDATE {self._schema}.lane SET owner = NULL, lease_until = NULL, released = released OR $3
+             WHERE lane = $1 AND owner = $2
+            """,
+            lane,
+            owner,
+            clean,
+        )
+        return status == "UPDATE 1"
+
+    async def halt(self, lane: int, owner: UUID, reason: str) -> bool:
+        """Stop the lane for a person to look at. Nothing takes it until `halted` is null again."""
+        status = await self._pool.execute(
+            f"UPDATE {self._schema}.lane SET halted = $3, owner = NULL, lease_until = NULL WHERE lane = $1 AND owner = $2",
+            lane,
+            owner,
+            reason,
+        )
+        return status == "UPDATE 1"
+
+    # ---- relays ------------------------------------------------------------------------------------------------------
+
+    async def heartbeat(self, relay: UUID, host: str, pid: int, version: str, forget_after: float) -> int:
+        """Say that this relay lives, forget those that were silent for long; the number of live ones is returned."""
+        return await self._pool.fetchval(  # type: ignore[no-any-return]
+            f"""
+            WITH gone AS (
+                DELETE FROM {self._schema}.relay WHERE id <> $1 AND seen_at < clock_timestamp() - make_interval(secs => $5)),
+            own AS (
+                INSERT INTO {self._schema}.relay (id, host, pid, version, started_at, seen_at)
+                VALUES ($1, $2, $3, $4, clock_timestamp(), clock_timestamp())
+                ON CONFLICT (id) DO UPDATE SET seen_at = excluded.seen_at)
+            SELECT 1 + count(*) FROM {self._schema}.relay
+             WHERE id <> $1 AND seen_at >= clock_timestamp() - make_interval(secs => $5)
+            """,
+            relay,
+            host,
+            pid,
+            version,
+            forget_after,
+        )
+
+    async def farewell(self, relay: UUID) -> None:
+        """This relay stops."""
+        await self._pool.execute(f"DELETE FROM {self._schema}.relay WHERE id = $1", relay)
+
+    # ---- the cycle ---------------------------------------------------------------------------------------------------
+
+    async def fetch(self, db: Any, lane: int, floor: int, hidden: Runs, rows: int, size: int) -> list[asyncpg.Record]:
+        """Step 5: the lane's next rows above `floor` in seq order, without the `hidden` ones.
+
+        At most `rows` rows, and no more after the values reach `size` bytes (one row at least): the sum is made by the
+        database before a value is read. Columns: seq, id (text), type, topic, key, value, fingerprint, headers (JSON text),
+        created (ms since 1970).
+        """
+        return await db.fetch(  # type: ignore[no-any-return]
+            f"""
+            SELECT seq, id::text, type, topic, key, value, fingerprint, headers::text,
+                   (date_part('epoch', created_at) * 1000)::bigint AS created
+              FROM (SELECT *, sum(octet_length(value)) OVER (ORDER BY seq ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
+                      FROM {self._schema}.outbox
+                     WHERE lane = $1 AND seq > $2 AND NOT seq <@ $3::int8multirange
+                     ORDER BY seq LIMIT $4) AS o
+             WHERE before IS NULL OR before < $5
+            """,
+            lane,
+            floor,
+            _multirange(hidden),
+            rows,
+            size,
+        )
+
+    async def holders(self, db: Any) -> list[str]:
+        """Who holds the outbox table for writing, prepared transactions too: their virtual transaction ids."""
+        return await db.fetchval(  # type: ignore[no-any-return]
+            f"""
+            SELECT coalesce(array_agg(DISTINCT virtualtransaction), '{{}}') FROM pg_locks
+             WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND granted
+               AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+               AND relation = '{self._schema}.outbox'::regclass
+            """
+        )
+
+    async def advance(self, db: Any, lane: int, before: int, batch: int, runs: Runs) -> bool:
+        """Steps 4 and 7: set the lane from batch `before` to `batch` and delete `runs`, in one transaction.
+
+        False: the lane was not at `before`, so another relay took it, and nothing was done. The transaction is durable when
+        this returns, whatever `synchronous_commit` the database has: a lane that goes back would halt.
+        """
+        return await db.fetchval(  # type: ignore[no-any-return]
+            f"""
+            WITH own AS (
+                UPDATE {self._schema}.lane SET batch = $3, released = false
+                 WHERE lane = $1 AND batch = $2
+                   AND (current_setting('synchronous_commit') <> 'off' OR set_config('synchronous_commit', 'on', true) = 'on')
+                RETURNING 1),
+            gone AS (
+                DELETE FROM {self._schema}.outbox AS o USING own, unnest($4::int8multirange) AS run
+                 WHERE o.lane = $1 AND o.seq >= lower(run) AND o.seq < upper(run))
+            SELECT count(*) = 1 FROM own
+            """,
+            lane,
+            before,
+            batch,
+            _multirange(runs),
+        )
+
+    async def advance_parking(
+        self, db: Any, lane: int, before: int, batch: int, runs: Runs, parked: Mapping[int, str]
+    ) -> bool:
+        """`advance` that also moves the rows `parked` (seq → error) to dead_event, in the same transaction."""
+        return await db.fetchval(  # type: ignore[no-any-return]
+            f"""
+            WITH own AS (
+                UPDATE {self._schema}.lane SET batch = $3, released = false
+                 WHERE lane = $1 AND batch = $2
+                   AND (current_setting('synchronous_commit') <> 'off' OR set_config('synchronous_commit', 'on', true) = 'on')
+                RETURNING 1),
+            gone AS (
+                DELETE FROM {self._schema}.outbox AS o USING own, unnest($4::int8multirange) AS run
+                 WHERE o.lane = $1 AND o.seq >= lower(run) AND o.seq < upper(run)),
+            moved AS (
+                DELETE FROM {self._schema}.outbox AS o USING own, unnest($5::bigint[], $6::text[]) AS p (seq, error)
+                 WHERE o.lane = $1 AND o.seq = p.seq
+                RETURNING o.id, o.lane, o.seq, o.type, o.topic, o.key, o.value, o.fingerprint, o.headers, o.created_at, p.error),
+            dead AS (
+                INSERT INTO {self._schema}.dead_event AS d
+                       (id, lane, seq, type, topic, key, value, fingerprint, headers, created_at, error, attempts)
+                SELECT moved.*, 1 FROM moved
+                ON CONFLICT (id) DO UPDATE SET error = excluded.error, attempts = d.attempts + 1)
+            SELECT count(*) = 1 FROM own
+            """,
+            lane,
+            before,
+            batch,
+            _multirange(runs),
+            list(parked),
+            list(parked.values()),
+        )
+
+    async def held(self, lane: int) -> set[tuple[str, str]]:
+        """Topic and key of the lane's parked events: later events of such a key wait behind them."""
+        rows = await self._pool.fetch(
+            f"SELECT DISTINCT topic, key FROM {self._schema}.dead_event WHERE lane = $1 AND key IS NOT NULL", lane
+        )
+        return {(row["topic"], row["key"]) for row in rows}
+
+
+def _multirange(runs: Runs) -> list[asyncpg.Range[int]]:
+    return [asyncpg.Range(start, end) for start, end in runs]
+
+
+def _lane_row(row: Any) -> LaneRow:
+    owner = row["owner"]
+    return LaneRow(
+        row["lane"], row["batch"], row["released"], owner and UUID(bytes=owner.bytes), row["free"], row["halted"]
+    )
+
+
+async def _no_reset(_connection: Any) -> None:
+    """No statement here leaves session state behind, so there is nothing to reset."""
+
+
+async def connect(config: RelayConfig, connections: int) -> "asyncpg.Pool[asyncpg.Record]":
+    """A pool to the service's database.
+
+    Raises:
+        ConfigError: the database refuses us by name, password or grant; waiting does not help.
+        DatabaseTrouble: it is away.
+    """
+    try:
+        return await asyncpg.create_pool(
+            config.database_url,
+            min_size=1,
+            max_size=connections,
+            timeout=min(10.0, config.database_timeout),
+            command_timeout=config.database_timeout,
+            statement_cache_size=100 if config.prepared_statements else 0,
+            reset=_no_reset,
+        )
+    except REFUSED as error:
+        raise ConfigError(f"the database refuses the relay: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"OUTBOX_DATABASE_URL cannot be used: {error}") from error
+    except TROUBLE as error:
+        raise DatabaseTrouble(f"the database cannot be reached: {type(error).__name__}: {error}") from error

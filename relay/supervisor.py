@@ -1,0 +1,277 @@
+"""One relay process: leases, one LaneWorker per lane, retries after trouble, drain at the end."""
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import TypeVar
+from uuid import uuid4
+
+import structlog
+
+from relay import topics
+from relay.config import RelayConfig
+from relay.errors import ConfigError, LaneHalted, LaneLost, LaneTrouble, RelayError
+from relay.failpoint import Failpoint
+from relay.leases import plan
+from relay.queries import REFUSED, TROUBLE, LaneRow, Meta, Queries, connect
+from relay.worker import LaneWorker, Shared
+
+log = structlog.get_logger("relay")
+
+KNOWN_VERSIONS = ("0001",)
+"""Revisions of the outbox's tables that this relay works with."""
+
+TICK = 0.5
+"""Seconds between two looks at the lanes. A standby takes over a lane that was released within this time."""
+
+HEARTBEAT = 10.0
+"""Seconds between two signs of life of a relay; one that is silent for three of them counts no more."""
+
+BACKOFF_FIRST, BACKOFF_MOST = 0.1, 5.0
+"""Seconds before the first retry, and at most. It doubles in between, with jitter, for ever."""
+
+STEADY = 10.0
+"""Seconds that a lane must be held for its last trouble to be over; a new one is said in the log again."""
+
+T = TypeVar("T")
+
+
+class Backoff:
+    """Waits that grow, drawn between half of the step and all of it."""
+
+    def __init__(self) -> None:
+        self._step = BACKOFF_FIRST
+
+    def wait(self) -> float:
+        step, self._step = self._step, min(self._step * 2, BACKOFF_MOST)
+        return step * random.uniform(0.5, 1.0)  # noqa: S311 -- jitter, no secret
+
+
+@dataclass(slots=True)
+class _Held:
+    """A lane that this relay holds or is taking."""
+
+    worker: LaneWorker
+    task: asyncio.Task[None]
+    since: float = field(default_factory=time.monotonic)
+
+
+@dataclass(slots=True)
+class _Trouble:
+    """A lane that could not be held; said once, retried with backoff."""
+
+    backoff: Backoff = field(default_factory=Backoff)
+    not_before: float = 0.0
+
+
+class Relay:
+    """A relay process. `run` returns after `stop`, or raises ConfigError when it cannot start as it is set up."""
+
+    def __init__(self, config: RelayConfig, failpoint: Failpoint) -> None:
+        self._config = config
+        self._failpoint = failpoint
+        self._id = uuid4()
+        self._stopping = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._held: dict[int, _Held] = {}
+        self._troubles: dict[int, _Trouble] = {}
+        self._relays = 1
+        self._next_heartbeat = self._next_renewal = 0.0
+        self._waiting_since: float | None = None
+
+    def stop(self) -> None:
+        """Finish the batches under way, release the lanes, return from `run`."""
+        self._stopping.set()
+        self._wake.set()
+
+    def handle_signals(self) -> None:
+        """SIGTERM and SIGINT stop the relay; a second one leaves at once."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+
+    def _signalled(self, number: int) -> None:
+        if self._stopping.is_set():
+            os._exit(128 + number)
+        log.info("relay stopping", signal=signal.Signals(number).name)
+        self.stop()
+
+    async def run(self) -> None:
+        """Work until `stop`.
+
+        Raises:
+            ConfigError: the database or Kafka refuses the relay, or the outbox's tables are missing or of another version.
+        """
+        # the reader and the writer of each lane, and the supervisor; more lanes than this share what is there
+        pool = await self._patiently("database", lambda: connect(self._config, 10))
+        if pool is None:
+            return
+        queries = Queries(pool, self._config.schema)
+        threads = ThreadPoolExecutor(thread_name_prefix="kafka")
+        try:
+            meta = await self._patiently("database", lambda: self._opened(queries))
+            if meta is None or not await self._patiently("kafka", lambda: self._topic(meta, threads)):
+                return
+            log.info(
+                "relay started",
+                relay=str(self._id),
+                outbox=meta.name,
+                lanes=meta.lanes,
+                version=version("kafka-outbox"),
+            )
+            shared = Shared(self._config, self._id, meta, queries, threads, self._failpoint)
+            while not self._stopping.is_set():
+                await self._patiently("database", lambda: self._tick(shared))
+                await self._sleep(TICK * random.uniform(0.8, 1.2))  # noqa: S311 -- jitter, no secret
+            await self._drain(queries)
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+            pool.terminate()
+            log.info("relay stopped", relay=str(self._id))
+
+    # ---- start -------------------------------------------------------------------------------------------------------
+
+    async def _opened(self, queries: Queries) -> Meta:
+        """The outbox's own account of itself, once its tables are of a version that this relay knows."""
+        found = await queries.version()
+        if found is None:
+            raise ConfigError(
+                f"the database has no outbox in schema {self._config.schema!r}: run `outbox migrate`, or set OUTBOX_SCHEMA"
+            )
+        if found not in KNOWN_VERSIONS:
+            known = ", ".join(KNOWN_VERSIONS)
+            raise ConfigError(
+                f"the outbox's tables are at revision {found}, this relay ({version('kafka-outbox')}) knows {known}: "
+                "upgrade the relay, or run `outbox migrate`"
+            )
+        return await queries.meta()
+
+    async def _topic(self, meta: Meta, threads: ThreadPoolExecutor) -> bool:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(threads, topics.ensure_control_topic, self._config, meta.name, meta.lanes)
+        return True
+
+    async def _patiently(self, what: str, call: Callable[[], Awaitable[T]]) -> T | None:
+        """Call until it works; trouble is said once, and its end. None: stopped meanwhile."""
+        backoff = Backoff()
+        away = False
+        while not self._stopping.is_set():
+            try:
+                result = await call()
+            except REFUSED as error:
+                raise ConfigError(f"the database refuses the relay: {error}") from error
+            except (*TROUBLE, LaneTrouble) as error:
+                if not away:
+                    log.warning(f"{what} away", error=str(error) or type(error).__name__)
+                away = True
+                await self._sleep(backoff.wait())
+            else:
+                if away:
+                    log.info(f"{what} back")
+                return result
+        return None
+
+    async def _sleep(self, seconds: float) -> None:
+        """Wait, but not past `stop` nor past the end of a worker."""
+        self._wake.clear()
+        if self._stopping.is_set():
+            return
+        try:
+            await asyncio.wait_for(self._wake.wait(), seconds)
+        except TimeoutError:
+            pass
+
+    # ---- lanes -------------------------------------------------------------------------------------------------------
+
+    async def _tick(self, shared: Shared) -> None:
+        """Keep what is ours, take our share, hand over what is above it."""
+        self._reap()
+        now = time.monotonic()
+        if self._held and now >= self._next_renewal:
+            await self._renew(shared.queries)
+            self._next_renewal = now + self._config.lease / 3
+        if now >= self._next_heartbeat:
+            self._relays = await shared.queries.heartbeat(
+                self._id, socket.gethostname(), os.getpid(), version("kafka-outbox"), HEARTBEAT * 3
+            )
+            self._next_heartbeat = now + HEARTBEAT
+        lanes = await shared.queries.lanes()
+        decided = plan(lanes, self._held, self._relays, self._waited(lanes, now), self._config.lease)
+        for lane in decided.give:
+            self._held[lane].worker.stop()
+        for lane in decided.take:
+            if now >= self._troubles.get(lane, _NO_TROUBLE).not_before:
+                self._start(shared, lane)
+
+    def _waited(self, lanes: list[LaneRow], now: float) -> float:
+        """Seconds since which some lane is free that this relay leaves to others."""
+        if not any(lane.free and lane.halted is None and lane.lane not in self._held for lane in lanes):
+            self._waiting_since = None
+            return 0.0
+        self._waiting_since = self._waiting_since or now
+        return now - self._waiting_since
+
+    async def _renew(self, queries: Queries) -> None:
+        """Prolong our leases. A worker whose lane is not ours any more stops: its next commit would be fenced anyway."""
+        ours = await queries.renew(list(self._held), self._id, self._config.lease)
+        for lane, held in self._held.items():
+            if lane not in ours and time.monotonic() - held.since > self._config.lease:
+                log.info("lane lost", lane=lane)
+                held.worker.stop()
+
+    def _start(self, shared: Shared, lane: int) -> None:
+        worker = LaneWorker(shared, lane)
+        task = asyncio.create_task(worker.run(), name=f"lane {lane}")
+        task.add_done_callback(lambda _: self._wake.set())
+        self._held[lane] = _Held(worker, task)
+
+    def _reap(self) -> None:
+        """Note how workers ended."""
+        for lane, held in list(self._held.items()):
+            if held.task.done():
+                del self._held[lane]
+                self._note(lane, held, held.task.exception())
+
+    def _note(self, lane: int, held: _Held, error: BaseException | None) -> None:
+        if time.monotonic() - held.since > STEADY:
+            self._troubles.pop(lane, None)
+        if error is None:
+            return
+        if isinstance(error, LaneHalted):
+            log.error("lane halted", lane=lane, reason=str(error))
+            return
+        if isinstance(error, LaneLost):
+            log.info("lane lost", lane=lane, reason=str(error))
+        elif lane not in self._troubles:
+            level = log.warning if isinstance(error, RelayError) else log.error
+            level("lane in trouble", lane=lane, error=f"{type(error).__name__}: {error}")
+        trouble = self._troubles.setdefault(lane, _Trouble())
+        wait = trouble.backoff.wait()
+        trouble.not_before = time.monotonic() + wait
+        asyncio.get_running_loop().call_later(wait, self._wake.set)
+
+    async def _drain(self, queries: Queries) -> None:
+        """Let the workers finish; what does not finish in time is abandoned, and settled by whoever takes the lane next."""
+        for held in self._held.values():
+            held.worker.stop()
+        tasks = [held.task for held in self._held.values()]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=self._config.drain_timeout)
+            for task in late:
+                log.warning("batch abandoned", task=task.get_name(), after=self._config.drain_timeout)
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            await queries.farewell(self._id)
+        except TROUBLE as error:
+            log.debug("no farewell", error=str(error))
+
+
+_NO_TROUBLE = _Trouble()

@@ -1,0 +1,184 @@
+"""The Kafka transaction: a lane's two producers, its progress, and what their errors mean.
+
+Every method blocks and is meant for a thread; librdkafka releases the GIL while it waits. Nothing here decides what comes next:
+`relay.worker` orders the steps. Sources: KIP-98 (transactions), KIP-447 (offsets in a transaction), KAFKA-17754 (a delayed EndTxn).
+
+Traps of librdkafka 2.x, each measured (docs/design.md, "librdkafka"):
+
+- After a fatal error later calls answer `_CONFLICT` with `retriable()` true: the first fatal one is what counts. Here every
+  error ends the hold on the lane and the producers with it, so no later call is made.
+- `produce()` that raises does not poison the transaction. Same answer.
+- `commit_transaction()` may return as if nothing had been although its EndTxn was sent twice. Only the client's log shows it:
+  `_Watch` reads it, and `commit()` says so.
+- An undelivered record fails the flush or the commit; no delivery callback is needed for that.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+
+from relay.config import RelayConfig
+from relay.errors import EventRefused, KafkaTrouble, LaneLost
+from relay.lane import PRODUCERS, Progress, parse_progress
+
+FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
+"""Another relay has opened producers of this lane."""
+
+REFUSED = frozenset(
+    {
+        KafkaError.MSG_SIZE_TOO_LARGE,
+        KafkaError.RECORD_LIST_TOO_LARGE,
+        KafkaError.INVALID_MSG,
+        KafkaError.INVALID_RECORD,
+        KafkaError.INVALID_TIMESTAMP,
+        KafkaError.TOPIC_EXCEPTION,
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.POLICY_VIOLATION,
+        KafkaError._UNKNOWN_TOPIC,  # after topic.metadata.propagation.max.ms; UNKNOWN_TOPIC_OR_PART is retried until then
+        KafkaError._UNKNOWN_PARTITION,
+    }
+)
+"""What Kafka says of a record that it will never take as it is."""
+
+
+class _Watch(logging.Handler):
+    """Reads the client's log for connections that were lost with requests under way."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.suspicious: str | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        # A connection that never came up carried no request.
+        if line.startswith(("FAIL", "REQTMOUT")) and "Connect to" not in line:
+            self.suspicious = line
+
+    def logger(self) -> logging.Logger:
+        logger = logging.Logger("librdkafka", logging.DEBUG)
+        logger.addHandler(self)
+        return logger
+
+
+class Transactions:
+    """A lane's two transactional producers and its progress. One instance lives as long as one hold on the lane.
+
+    Raises (every method): LaneLost when another relay opened the producers; EventRefused when Kafka refuses an event for good;
+    KafkaTrouble for all else. After any of them the instance is to be discarded.
+    """
+
+    def __init__(self, config: RelayConfig, name: str, lane: int) -> None:
+        self._config = config
+        self._name = name
+        self._lane = lane
+        self._timeout = config.kafka_timeout
+        self._producers: dict[int, Producer] = {}
+        self._watches = [_Watch() for _ in range(PRODUCERS)]
+        settings = {"group.id": name, "isolation.level": "read_committed", "enable.auto.commit": False}
+        self._reader = Consumer({**config.client(), **settings}, logger=_Watch().logger())
+        # A group that no one joins: the metadata of a consumer that never subscribed carries no generation.
+        self._group = self._reader.consumer_group_metadata()
+
+    # ---- take --------------------------------------------------------------------------------------------------------
+
+    def fence(self, number: int) -> None:
+        """Step 2, for one of the two ids: a new producer. Once it returns, the former owner of the id can commit nothing."""
+        settings = {**self._config.producer(), "transactional.id": f"{self._name}.{self._lane}.{number}"}
+        with typed("open a producer of the lane"):
+            self._producers[number] = producer = Producer(settings, logger=self._watches[number].logger())
+            producer.init_transactions(self._timeout)
+
+    def progress(self) -> Progress | None:
+        """Step 3, after both fences: what Kafka committed for this lane. None: nothing.
+
+        Raises:
+            ProgressError: what is there was not written by a relay.
+        """
+        asked = TopicPartition(control_topic(self._name), self._lane)
+        with typed("read the lane's progress"):
+            try:
+                [found] = self._reader.committed([asked], self._timeout)
+            except KafkaException as error:
+                if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
+                    return None
+                raise
+            if found.error is not None:
+                raise KafkaException(found.error)
+        return parse_progress(found.offset, found.metadata or "") if found.offset >= 0 else None
+
+    # ---- one batch ---------------------------------------------------------------------------------------------------
+
+    def begin(self, batch: int) -> Callable[..., None]:
+        """Step 6, begin: opens the transaction of `batch`. Returned: `produce` of its producer."""
+        producer = self._producers[batch % PRODUCERS]
+        with typed("begin a transaction"):
+            producer.poll(0)  # serves what the client logged while it rested; that is not this transaction's
+            self._watches[batch % PRODUCERS].suspicious = None
+            producer.begin_transaction()
+        return producer.produce
+
+    def flush(self, batch: int) -> None:
+        """Step 6, flush: every record of the batch is acknowledged when this returns."""
+        with typed("deliver a batch"):
+            left = self._producers[batch % PRODUCERS].flush(self._timeout)
+        if left:
+            raise KafkaTrouble(f"{left} records were not acknowledged within {self._timeout:g} s")
+
+    def offsets(self, batch: int, metadata: str, number: int | None = None) -> None:
+        """Step 6, progress: in the transaction, behind the events. `number`: by this id, else by the batch's own."""
+        producer = self._producers[(batch if number is None else number) % PRODUCERS]
+        offset = TopicPartition(control_topic(self._name), self._lane, batch, metadata)
+        with typed("write the lane's progress"):
+            producer.send_offsets_to_transaction([offset], self._group, self._timeout)
+
+    def commit(self, batch: int) -> str | None:
+        """Step 6, commit. Returned: why the connection was suspicious during the transaction; None when it was not."""
+        producer = self._producers[batch % PRODUCERS]
+        with typed("commit a batch"):
+            producer.commit_transaction(self._timeout)
+            producer.poll(0)  # serves the client's log
+        return self._watches[batch % PRODUCERS].suspicious
+
+    def rewrite(self, batch: int, metadata: str) -> str | None:
+        """Write the progress again, in an empty transaction of each id: Kafka forgets what rests. Returned: as `commit`."""
+        suspicious = None
+        for number in range(PRODUCERS):
+            self.begin(number)
+            self.offsets(batch, metadata, number)
+            suspicious = self.commit(number) or suspicious
+        return suspicious
+
+    def discard(self) -> None:
+        """Throw the producers away. What they left open is aborted by the lane's next taker, or by the broker in time."""
+        for producer in self._producers.values():
+            producer.purge(blocking=False)
+        self._producers.clear()
+        self._reader.close()
+
+
+@contextmanager
+def typed(what: str) -> Iterator[None]:
+    """Turn librdkafka's errors into ours, once, here."""
+    try:
+        yield
+    except KafkaException as error:
+        raise classify(what, error.args[0]) from error
+    except BufferError as error:
+        raise KafkaTrouble(f"cannot {what}: the client's queue is full") from error
+
+
+def classify(what: str, error: KafkaError) -> LaneLost | EventRefused | KafkaTrouble:
+    """What a Kafka error means for the hold on the lane. None of the answers says whether a commit took place."""
+    text = f"cannot {what}: {error.str()} ({error.name()})"
+    if error.code() in FENCED:
+        return LaneLost(text)
+    if error.code() in REFUSED:
+        return EventRefused(text)
+    return KafkaTrouble(text)
+
+
+def control_topic(name: str) -> str:
+    """The topic whose partitions stand for lanes in the offsets of group `name`. Nothing is ever written to it."""
+    return f"{name}.lanes"

@@ -1,0 +1,413 @@
+"""One lane: the only place that orders database steps and Kafka steps (docs/design.md, "The lane protocol").
+
+The numbered steps:
+
+1. lease      the lane is ours for a while, by the database's clock. Liveness only: safety never rests on it
+2. fence      two new producers: the former owner can commit nothing any more
+3. progress   what Kafka committed last, read committed
+4. reconcile  compare with the database and settle what was in doubt, in one database transaction
+5. fetch      the rows above the floor, without those under way
+6. publish    produce, flush, progress, commit: one Kafka transaction
+7. delete     the rows and the batch's number, in one database transaction
+
+What may overlap is asked of `relay.lane.Lane`, which refuses an illegal step. Any doubt ends the hold: the producers are thrown
+away, and the next take reads what became of the last batches.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from uuid import UUID
+
+import structlog
+
+from relay.config import RelayConfig
+from relay.errors import (
+    DatabaseTrouble,
+    EventRefused,
+    IllegalStep,
+    LaneHalted,
+    LaneLost,
+    ProgressError,
+    Recycle,
+    TakeAgain,
+)
+from relay.failpoint import Failpoint
+from relay.floor import Floor
+from relay.lane import PRODUCERS, Begin, Doubt, Finish, Lane, Progress, Runs, Step, cut, reconcile
+from relay.pace import Pace
+from relay.quarantine import Quarantine
+from relay.queries import TROUBLE, Meta, Queries
+from relay.record import Records
+from relay.transaction import Transactions, typed
+
+log = structlog.get_logger("relay")
+
+AHEAD_ROWS = 1_000
+"""A batch of at least so many rows is a backlog: the next one is fetched and produced while this one commits. Below, the relay
+waits for the commit: a transaction costs it and the broker a millisecond of CPU each, so rows gather meanwhile."""
+
+YIELD_ROWS = 500
+"""Rows produced before the event loop gets a turn (about a millisecond): the last batch's delete must not wait for this batch."""
+
+FLOOR_SECONDS = 0.02
+"""A reading of the table's holders costs the database 0.2 ms: not more often, unless there is a backlog."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the lanes of one relay have in common."""
+
+    config: RelayConfig
+    relay: UUID
+    meta: Meta
+    queries: Queries
+    threads: Executor
+    failpoint: Failpoint
+
+    async def thread(self, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.threads, call, *args)
+
+
+class LaneWorker:
+    """Holds one lane from its lease until it is stopped, lost, halted or in trouble."""
+
+    def __init__(self, shared: Shared, lane: int) -> None:
+        self.lane = lane
+        self._shared = shared
+        self._stopping = asyncio.Event()
+        self._quarantine = Quarantine(shared.config.batch_rows)
+
+    def stop(self) -> None:
+        """Finish what is under way, then release the lane."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Take the lane and publish. Returns after `stop`.
+
+        Raises:
+            LaneHalted: the lane was halted; the reason stands in the lane's row.
+            LaneTrouble: the lane is lost, or Kafka or the database is in trouble; it was given up, so that a relay that fares
+                better may take it.
+        """
+        clean = False
+        try:
+            while not clean:
+                clean = await self._hold()
+        except LaneHalted as halted:
+            await self._shared.queries.halt(self.lane, self._shared.relay, str(halted))
+            raise
+        except TROUBLE as error:
+            raise DatabaseTrouble(f"{type(error).__name__}: {error}") from error
+        finally:
+            await self._release(clean)
+
+    async def _release(self, clean: bool) -> None:
+        try:
+            if await self._shared.queries.release(self.lane, self._shared.relay, clean):
+                log.info("lane released", lane=self.lane, clean=clean)
+        except TROUBLE as error:  # then the lease runs out by itself
+            log.debug("lane not released", lane=self.lane, error=str(error))
+
+    async def _hold(self) -> bool:
+        """One hold on the lane: take it, then cycle. True: stopped with nothing under way. False: take it anew at once."""
+        kafka = Transactions(self._shared.config, self._shared.meta.name, self.lane)
+        try:
+            lane, metadata = await self._take(kafka)
+            log.info("lane taken", lane=self.lane, batch=lane.batch)
+            async with self._shared.queries.connection() as reading, self._shared.queries.connection() as writing:
+                cycle = _Cycle(
+                    self._shared, self.lane, kafka, reading, writing, lane, metadata, self._quarantine, self._stopping
+                )
+                await cycle.run()
+        except Recycle as reason:
+            log.info("producers recycled", lane=self.lane, reason=str(reason))
+            return False
+        except EventRefused as refused:
+            log.info("batch refused", lane=self.lane, error=str(refused))
+            return False
+        finally:
+            await self._shared.thread(kafka.discard)
+        return True
+
+    # ---- steps 1 to 4 ------------------------------------------------------------------------------------------------
+
+    async def _take(self, kafka: Transactions) -> tuple[Lane, str]:
+        """Take the lane; when the two readings contradict each other, once more. Returned: the lane and its progress' metadata."""
+        try:
+            return await self._take_once(kafka)
+        except TakeAgain as doubt:
+            log.info("lane in doubt", lane=self.lane, reason=str(doubt))
+        try:
+            return await self._take_once(kafka)
+        except TakeAgain as doubt:
+            raise LaneHalted(str(doubt)) from None
+
+    async def _take_once(self, kafka: Transactions) -> tuple[Lane, str]:
+        shared, done = self._shared, self._shared.failpoint.done
+        if not await shared.queries.lease(self.lane, shared.relay, shared.config.lease):  # 1
+            raise LaneLost(f"lane {self.lane} is held by another relay, or halted")
+        done(Step.LEASE)
+        await asyncio.gather(shared.thread(kafka.fence, 0), shared.thread(kafka.fence, 1))  # 2
+        done(Step.FENCE)
+        try:
+            progress = await shared.thread(kafka.progress)  # 3
+        except ProgressError as error:
+            raise LaneHalted(f"{error}. Something else than a relay writes to the group {shared.meta.name}") from error
+        done(Step.PROGRESS)
+        row = await shared.queries.lane(self.lane)
+        settled = await self._settle(kafka, row.batch, row.released, progress)  # 4
+        done(Step.RECONCILE)
+        self._quarantine.hold(await shared.queries.held(self.lane))
+        return settled
+
+    async def _settle(
+        self, kafka: Transactions, before: int, released: bool, progress: Progress | None
+    ) -> tuple[Lane, str]:
+        """Step 4. The statement asks for batch = `before`, so a batch that moved since the reading is noticed."""
+        shared = self._shared
+        verdict = reconcile(shared.meta.uuid, before, released, progress)
+        runs: Runs = ()
+        if isinstance(verdict, Doubt):
+            raise TakeAgain(verdict.reason) if verdict.transient else LaneHalted(verdict.reason)
+        if isinstance(verdict, Finish):
+            runs = verdict.runs
+        if isinstance(verdict, Begin):
+            progress = Progress(shared.meta.uuid, before, ())
+            if (suspicious := await shared.thread(kafka.rewrite, before, progress.metadata())) is not None:
+                raise Recycle(suspicious)
+        async with shared.queries.connection() as db:
+            if not await shared.queries.advance(db, self.lane, before, verdict.batch, runs):
+                raise TakeAgain(f"the batch of lane {self.lane} moved on from {before} while the lane was taken")
+        assert progress is not None  # noqa: S101 -- reconcile answers Begin or Doubt for None
+        return Lane(verdict.batch), progress.metadata()
+
+
+@dataclass(frozen=True, slots=True)
+class _Finishing:
+    """The two tasks that finish a batch that was flushed. `commit` gives what was suspicious about the connection."""
+
+    commit: asyncio.Task[str | None]
+    delete: asyncio.Task[None]
+
+
+@dataclass(slots=True)
+class _Fetched:
+    """A batch as step 5 leaves it."""
+
+    number: int
+    rows: list[Any]
+    progress: Progress
+    metadata: str
+    parked: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def seqs(self) -> list[int]:
+        return [row[0] for row in self.rows]
+
+
+class _Cycle:
+    """Steps 5 to 7 of one hold, overlapping as far as `Lane` allows."""
+
+    def __init__(
+        self,
+        shared: Shared,
+        number: int,
+        kafka: Transactions,
+        reading: Any,
+        writing: Any,
+        lane: Lane,
+        metadata: str,
+        quarantine: Quarantine,
+        stopping: asyncio.Event,
+    ) -> None:
+        self._shared = shared
+        self._number = number
+        self._kafka = kafka
+        self._reading = reading
+        self._writing = writing
+        self._lane = lane
+        self._metadata = metadata
+        self._quarantine = quarantine
+        self._stopping = stopping
+        self._floor = Floor()
+        self._floor_read = 0.0
+        self._pace = Pace(shared.config.poll_shortest, shared.config.poll_longest)
+        self._records = Records(shared.config.source or f"/outbox/{shared.meta.name}")
+        self._finishing: dict[int, _Finishing] = {}
+        self._last_event = self._last_progress = time.monotonic()
+
+    async def run(self) -> None:
+        """Cycle until `stopping`; then nothing is under way. Every error ends the hold."""
+        try:
+            while not self._stopping.is_set():
+                self._raise_failure()
+                fetched = await self._fetch()
+                if fetched is None:
+                    await self._rest()
+                else:
+                    await self._publish(fetched)
+            await self._drain()
+        finally:
+            await self._cancel()
+
+    def _raise_failure(self) -> None:
+        for finishing in self._finishing.values():
+            if finishing.delete.done():
+                finishing.delete.result()
+
+    # ---- step 5 ------------------------------------------------------------------------------------------------------
+
+    async def _fetch(self) -> _Fetched | None:
+        """Step 5. None when there is nothing."""
+        shared, config = self._shared, self._shared.config
+        limit = self._quarantine.rows
+        rows = await shared.queries.fetch(
+            self._reading, self._number, self._floor.value, self._lane.hidden, limit, config.batch_bytes
+        )
+        shared.failpoint.done(Step.FETCH)
+        fetched = self._cut(rows) if rows else None
+        await self._raise_floor(fetched, limit, len(rows))
+        return fetched
+
+    def _cut(self, rows: list[Any]) -> _Fetched:
+        """Part the rows to park from those to publish, and take no more than one progress can name."""
+        parked: dict[int, str] = {}
+        if not self._quarantine.idle:
+            rows, parked = self._quarantine.sort(rows)
+        number = self._lane.next
+        progress, metadata = cut(self._shared.meta.uuid, number, [row[0] for row in rows])
+        count = sum(end - start for start, end in progress.runs)
+        if count < len(rows):
+            last = rows[count - 1][0]
+            parked = {seq: error for seq, error in parked.items() if seq < last}
+            rows = rows[:count]
+        return _Fetched(number, rows, progress, metadata, parked)
+
+    async def _raise_floor(self, fetched: _Fetched | None, limit: int, rows: int) -> None:
+        """Note the fetch, and read the holders of the table when that can move the floor."""
+        if fetched is None:
+            self._floor.fetched(0, complete=True)
+        else:
+            last = max(fetched.rows[-1][0] if fetched.rows else 0, max(fetched.parked, default=0))
+            complete = rows < limit and len(fetched.rows) + len(fetched.parked) == rows and not self._full(fetched.rows)
+            self._floor.fetched(last, complete)
+        now = time.monotonic()
+        if self._floor.due() and (rows >= AHEAD_ROWS or now - self._floor_read >= FLOOR_SECONDS):
+            self._floor.read(await self._shared.queries.holders(self._reading))
+            self._floor_read = now
+
+    def _full(self, rows: list[Any]) -> bool:
+        """The database may have cut the batch off by its bytes."""
+        return sum(len(row[5] or b"") for row in rows) >= self._shared.config.batch_bytes
+
+    # ---- step 6 ------------------------------------------------------------------------------------------------------
+
+    async def _publish(self, fetched: _Fetched) -> None:
+        """Produce and flush; progress, commit and delete follow in tasks. A backlog does not wait for them, else rows gather."""
+        number = fetched.number
+        self._lane = self._lane.fetched(fetched.progress.runs)
+        if number - PRODUCERS in self._finishing:
+            await self._finishing[number - PRODUCERS].commit
+        try:
+            await self._produce(fetched)
+            await self._shared.thread(self._kafka.flush, number)
+        except EventRefused as refused:
+            self._quarantine.refused(fetched.seqs, str(refused))
+            raise
+        self._lane = self._lane.flushed(number)
+        self._shared.failpoint.done(Step.FLUSH)
+        commit = asyncio.create_task(self._commit(fetched))
+        self._finishing[number] = _Finishing(commit, asyncio.create_task(self._delete(fetched, commit)))
+        if fetched.parked:
+            await self._finishing[number].delete
+        elif len(fetched.rows) < AHEAD_ROWS:
+            await commit
+        self._quarantine.published()
+        self._last_event = time.monotonic()
+
+    async def _produce(self, fetched: _Fetched) -> None:
+        if not self._lane.may_produce(fetched.number):
+            raise IllegalStep(f"batch {fetched.number} may not be produced in {self._lane}")
+        produce = self._kafka.begin(fetched.number)
+        for start in range(0, len(fetched.rows), YIELD_ROWS):
+            with typed("produce a batch"):
+                self._records.produce(fetched.rows[start : start + YIELD_ROWS], produce)
+            await asyncio.sleep(0)
+        self._shared.failpoint.done(Step.PRODUCE)
+
+    async def _commit(self, fetched: _Fetched) -> str | None:
+        """Progress and commit, after the delete of the batch before was acknowledged."""
+        number = fetched.number
+        if number - 1 in self._finishing:
+            await self._finishing[number - 1].delete
+        if not self._lane.may_commit(number):
+            raise IllegalStep(f"batch {number} may not be committed in {self._lane}")
+        suspicious = await self._shared.thread(self._commit_in_thread, number, fetched.metadata)
+        self._lane = self._lane.committed(number)
+        self._shared.failpoint.done(Step.COMMIT)
+        self._metadata = fetched.metadata
+        self._last_progress = time.monotonic()
+        return suspicious
+
+    def _commit_in_thread(self, number: int, metadata: str) -> str | None:
+        self._kafka.offsets(number, metadata)
+        self._shared.failpoint.done(Step.OFFSETS)
+        return self._kafka.commit(number)
+
+    # ---- step 7 ------------------------------------------------------------------------------------------------------
+
+    async def _delete(self, fetched: _Fetched, commit: asyncio.Task[str | None]) -> None:
+        suspicious = await commit
+        queries, number = self._shared.queries, fetched.number
+        if fetched.parked:
+            moved = await queries.advance_parking(
+                self._writing, self._number, number - 1, number, fetched.progress.runs, fetched.parked
+            )
+            self._quarantine.parked(list(fetched.parked))
+            log.warning(
+                "events parked",
+                lane=self._number,
+                events=len(fetched.parked),
+                error=next(iter(fetched.parked.values())),
+            )
+        else:
+            moved = await queries.advance(self._writing, self._number, number - 1, number, fetched.progress.runs)
+        if not moved:
+            raise LaneLost(f"lane {self._number} was taken by another relay: it is not at batch {number - 1} any more")
+        self._lane = self._lane.deleted(number)
+        del self._finishing[number]
+        self._shared.failpoint.done(Step.DELETE)
+        log.debug("batch published", lane=self._number, batch=number, events=len(fetched.rows))
+        if suspicious is not None:
+            raise Recycle(suspicious)
+
+    # ---- between batches ---------------------------------------------------------------------------------------------
+
+    async def _rest(self) -> None:
+        """Wait for the next fetch; while idle for long, keep what Kafka knows of the lane alive."""
+        now = time.monotonic()
+        if not self._finishing and now - self._last_progress > self._shared.config.keepalive:
+            suspicious = await self._shared.thread(self._kafka.rewrite, self._lane.batch, self._metadata)
+            if suspicious is not None:
+                raise Recycle(suspicious)
+            self._last_progress = now
+            log.debug("progress kept alive", lane=self._number, batch=self._lane.batch)
+        await asyncio.sleep(self._pace.wait(now - self._last_event))
+
+    async def _drain(self) -> None:
+        """Wait until nothing is under way."""
+        for finishing in list(self._finishing.values()):
+            await finishing.delete
+
+    async def _cancel(self) -> None:
+        """Leave no task behind. A call to Kafka that is under way in a thread ends by itself."""
+        tasks = [task for finishing in self._finishing.values() for task in (finishing.commit, finishing.delete)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

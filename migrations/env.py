@@ -1,4 +1,4 @@
-"""What Alembic runs for each command: our settings and connection where `outbox.migrate` called, else the environment's.
+"""What Alembic runs for each command: with the settings and connection of `outbox.migrate`, else the environment's.
 
 On the command line (`alembic check`, `alembic revision --rev-id 0002 -m …`) the URL comes from OUTBOX_DATABASE_URL.
 """
@@ -19,7 +19,7 @@ def options(settings: Settings) -> dict[str, Any]:
         "target_metadata": tables(settings.schema, settings.lanes),
         "version_table_schema": settings.schema,
         "include_schemas": True,
-        "include_name": lambda name, kind, parents: kind != "schema" or name == settings.schema,
+        "include_name": lambda name, kind, _parents: kind != "schema" or name == settings.schema,
         "compare_type": True,
         "compare_server_default": True,
         "outbox": settings,

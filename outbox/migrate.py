@@ -2,10 +2,11 @@
 
     migrate(url)                     `outbox migrate URL`: for a deployment's own step
     upgrade_to(op, "0001")           one line in a revision of the host's own Alembic history
-    sql()                            `outbox sql`: a script for psql, for those who let nothing else touch their database
+    sql()                            `outbox sql`: a script for psql
 
-All three leave the same catalogue and the same mark in `<schema>.alembic_version`, so that they may be mixed. The outbox
-has a SQL schema and a version table of its own: the host's `alembic upgrade head` and its autogenerate never see them.
+All three leave the same catalogue and the same mark in `<schema>.alembic_version`, so that they may be mixed. The
+outbox has a SQL schema and a version table of its own: the host's `alembic upgrade head` and its autogenerate never see
+them.
 
 Needs the extra `migrations` (Alembic), except for HEAD, `current_version` and `check_version`, which the relay uses.
 """
@@ -43,7 +44,7 @@ class Settings:
     schema: str = SCHEMA
     """The SQL schema that holds the outbox and nothing else."""
     name: str | None = None
-    """The outbox's name, from which its Kafka group, control topic and transactional ids are built. None: the database's."""
+    """From which the Kafka group, control topic and transactional ids are built. None: the database's name."""
     lanes: int = 1
     """How many relays could ever work at once; one lane is the fastest for one relay."""
 
@@ -115,9 +116,9 @@ def _command(schema: str) -> str:
 def migrate(url: str, *, schema: str = SCHEMA, name: str | None = None, lanes: int | None = None) -> None:
     """Bring the tables to HEAD, in one transaction; nothing happens where they are there already.
 
-    `url`: `postgresql://…` as libpq takes it (through psycopg where it is installed, else asyncpg), or a SQLAlchemy URL that
-    names its driver. Several may run at once: the others wait, then find nothing to do. It blocks: from a running event loop
-    call `await asyncio.to_thread(migrate, url)`.
+    `url`: `postgresql://…` as libpq takes it (through psycopg where it is installed, else asyncpg), or a SQLAlchemy URL
+    that names its driver. Several may run at once: the others wait, then find nothing to do. It blocks: from a running
+    event loop call `await asyncio.to_thread(migrate, url)`.
 
     Raises UsageError for a name, schema or number of lanes that cannot be; MigrationError where the database cannot be
     reached, is too old, refuses a statement, holds a newer version, or an outbox of another name or number of lanes.
@@ -155,8 +156,8 @@ def upgrade_to(
         def upgrade() -> None:
             upgrade_to(op, "0001")
 
-    Name the revision rather than HEAD, so that the host's history stays what it was. Where the tables are at `revision` or
-    beyond, nothing happens. Offline (`alembic upgrade --sql`) it writes everything from the beginning.
+    Name the revision rather than HEAD, so that the host's history stays what it was. Where the tables are at `revision`
+    or beyond, nothing happens. Offline (`alembic upgrade --sql`) it writes everything from the beginning.
     """
     settings = Settings(schema=schema, name=name, lanes=lanes)
     context = op.get_context()
@@ -205,6 +206,10 @@ def with_connection(url: str, work: Callable[[sa.Connection], None]) -> None:
             asyncio.run(_with_async_connection(target, url, work))
         else:
             _with_sync_connection(target, url, work)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"the URL's driver {target.drivername!r} cannot be used: {error.name} is not installed"
+        ) from error
     except (sa.exc.SQLAlchemyError, OSError) as error:
         reason = str(getattr(error, "orig", None) or error).strip()
         raise MigrationError(f"the database {target.render_as_string()} could not be migrated: {reason}") from error
@@ -281,8 +286,8 @@ def _check_identity(connection: sa.Connection, settings: Settings, lanes: int | 
 
 
 def _target(url: str) -> sa.URL:
-    """The SQLAlchemy URL of what was given; for a libpq URL, whose details stay with the driver, only what messages show."""
-    if re.match(r"postgres(ql)?://", url):
+    """The SQLAlchemy URL of what was given. A libpq URL goes to the driver as it is; then this is for messages."""
+    if _is_libpq(url):
         return sa.make_url(_without_hosts(url)).set(drivername=f"postgresql+{_driver()}")
     try:
         target = sa.make_url(url)

@@ -1,4 +1,4 @@
-"""Every table of the outbox, as SQLAlchemy MetaData: what the revisions in migrations/ must arrive at (docs/design.md, Tables).
+"""Every table of the outbox, as SQLAlchemy MetaData: what the revisions in migrations/ must arrive at.
 
 `tables(schema, lanes)` describes; it creates nothing. The revisions are written out by hand as they were released, and
 tests/test_tables.py compares the two in PostgreSQL's own catalogue. PostgreSQL 14 or newer.
@@ -68,8 +68,8 @@ def lane_expression(lanes: int) -> str:
     """SQL that gives a row its lane, as PostgreSQL prints it, so that Alembic finds no difference where there is none.
 
     From the key, so that one lane holds all of a key; from the id where there is no key. `hashtext` and the text of a
-    uuid are IMMUTABLE, which a generated column demands. The mask takes the sign away. `mod`, not the percent sign, which
-    some drivers and some modes of Alembic double.
+    uuid are IMMUTABLE, which a generated column demands. The mask takes the sign away. `mod`, not the percent sign,
+    which some drivers and some modes of Alembic double.
     """
     return "0" if lanes == 1 else f"mod((hashtext(COALESCE(key, (id)::text)) & 2147483647), {lanes})"
 
@@ -112,7 +112,7 @@ def _outbox(metadata: MetaData, lanes: int) -> None:
         metadata,
         # The database computes the lane, so that no writer can put a key's events into two of them.
         Column("lane", SmallInteger, Computed(lane_expression(lanes), persisted=True), nullable=False),
-        # CACHE 1: a cached block of numbers would let a later transaction write a lower seq (docs/design.md, The safe floor).
+        # CACHE 1: with a cached block of numbers a later transaction would write a lower seq than an earlier one.
         Column("seq", BigInteger, Identity(always=True, cache=1), nullable=False),
         Column(
             "id", Uuid, nullable=False

@@ -27,5 +27,5 @@ ORDER BY 1
 
 
 def catalogue_of(connection: sa.Connection, schema: str) -> list[str]:
-    """Relations with their storage options, columns, defaults, generation expressions, constraints, indexes, sequences."""
+    """Relations with storage options, columns with defaults and generation expressions, constraints, sequences."""
     return list(connection.scalars(sa.text(QUERY), {"schema": schema}))

@@ -1,7 +1,7 @@
 """The first tables: the outbox, its lanes and relays, schemas, dead events, the inbox.
 
-SQL as it was released, apart from the schema's name, the outbox's name and the number of lanes. outbox/tables.py says why
-each column is what it is. A released revision is never edited.
+SQL as it was released, apart from the schema's name, the outbox's name and the number of lanes. outbox/tables.py says
+why each column is what it is. A released revision is never edited.
 """
 
 from alembic import op

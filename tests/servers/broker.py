@@ -81,9 +81,12 @@ class LocalBroker:
         self.process = _process(self.folder, properties, options)
 
     def start(self) -> None:
-        """Ready for clients, and a member of the cluster whose id was written into its storage."""
-        self.process.start()
-        self.process.wait_for(lambda: self.process.said("Kafka Server started"), START_SECONDS)
+        """Ready for clients, and a member of the cluster whose id was written into its storage; else not running."""
+        with self.process.starting():
+            self.process.wait_for(lambda: self.process.said("Kafka Server started"), START_SECONDS)
+            self._check_identity()
+
+    def _check_identity(self) -> None:
         found = ask_cluster_id(f"127.0.0.1:{self.port}")
         if found != self.cluster_id or not self.process.alive:
             raise self.process.failure(f"Port {self.port}: cluster {found} answers instead of {self.cluster_id}")

@@ -181,9 +181,9 @@ class _LocalPostgres:
         )
 
     def start(self) -> None:
-        self.process.start()
-        self.process.wait_for(self._is_ready, START_SECONDS)
-        self._check_identity()
+        with self.process.starting():
+            self.process.wait_for(self._is_ready, START_SECONDS)
+            self._check_identity()
 
     def _is_ready(self) -> bool:
         """The postmaster's own pid file names our child and says that it takes connections."""

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -114,6 +114,16 @@ class Process:
             self._log_start = log.tell()
             self._child = self._spawn(log)
         _tell(f"pid {self._child.pid} {int(self._orphan_signal)}")
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Starts it; the block waits until it is ready, and an error there leaves it killed."""
+        self.start()
+        try:
+            yield
+        except BaseException:
+            self.kill()
+            raise
 
     def _spawn(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(

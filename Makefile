@@ -1,0 +1,36 @@
+# Every target but help makes .venv by itself, when it is missing or older than pyproject.toml.
+# `make PYTHON=python3.12 …` chooses the interpreter of a new .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo test lint bench
+
+help:
+	@echo "make demo    the whole way on real servers, with faults, checked; about a minute"
+	@echo "make test    all tests on real servers; ARGS='-k inbox' is passed to pytest"
+	@echo "make lint    ruff, mypy, import-linter"
+	@echo "make bench   all benchmarks, one JSON line each; ONLY=relay,latency chooses"
+
+demo: $(READY)
+	$(BIN)/python -m examples.chip_quality.demo
+
+test: $(READY)
+	$(BIN)/outbox codegen --check schemas examples/chip_quality/events.py
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	ONLY=$(ONLY) $(BIN)/python -m benchmarks
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=…")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[relay,migrations,registry,uvloop]' --group dev
+	@touch $@

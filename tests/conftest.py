@@ -1,0 +1,149 @@
+"""Fixtures on real servers, the order of the tests (fast first), and the rule that nothing is skipped in CI."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol, TypeVar
+from uuid import uuid4
+
+import pytest
+
+from outbox.migrate import migrate
+from tests.servers import Kafka, Postgres, Server, ServerUnavailable
+from tests.servers.choice import in_ci, is_forced
+
+S = TypeVar("S", bound=Server)
+
+
+class MakeDatabase(Protocol):
+    """What the fixture `make_database` gives."""
+
+    def __call__(self, lanes: int = 1) -> str:
+        """URL of a new migrated database of this test, whose outbox bears the database's name and a uuid of its own."""
+        ...
+
+
+class MakeTopic(Protocol):
+    """What the fixture `topic` gives."""
+
+    def __call__(self, partitions: int = 1, config: Mapping[str, str] | None = None) -> str:
+        """Name of a new topic that no other test knows."""
+        ...
+
+
+def started(make: Callable[[], S]) -> S:
+    """A started server; where this machine cannot have it, the test is skipped, or fails when a choice is forced."""
+    try:
+        server = make()
+        server.start()
+    except ServerUnavailable as error:
+        if is_forced():
+            raise
+        pytest.skip(str(error))
+    return server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """PostgreSQL for all tests of the run, without fsync: a test that kills it starts one of its own."""
+    server = started(Postgres)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[Kafka]:
+    """One broker for all tests of the run: a test that stops or kills it starts one of its own."""
+    server = started(Kafka)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def template(postgres: Postgres) -> Callable[[int], str]:
+    """Gives the name of a migrated database with that many lanes, migrated once in a run and only copied then."""
+    made: dict[int, str] = {}
+
+    def template_of(lanes: int) -> str:
+        if lanes not in made:
+            name = f"template_{lanes}_{uuid4().hex[:8]}"
+            migrate(postgres.create_database(name), lanes=lanes)
+            made[lanes] = name
+        return made[lanes]
+
+    return template_of
+
+
+@pytest.fixture
+def make_database(postgres: Postgres, template: Callable[[int], str]) -> Iterator[MakeDatabase]:
+    """Makes databases for a test (16 ms each) and drops them after it."""
+    made: list[str] = []
+
+    def make(lanes: int = 1) -> str:
+        name = f"test_{uuid4().hex[:12]}"
+        url = postgres.create_database(name, template(lanes))
+        made.append(name)
+        # A copy has the template's identity, which two outboxes on one Kafka must not share.
+        postgres.execute(f"UPDATE outbox.meta SET name = '{name}', uuid = gen_random_uuid()", name)
+        return url
+
+    yield make
+    for name in made:
+        postgres.drop_database(name)
+
+
+@pytest.fixture
+def database(make_database: MakeDatabase) -> str:
+    """URL of a migrated database with one lane that belongs to this test."""
+    return make_database()
+
+
+@pytest.fixture
+def topic(kafka: Kafka) -> MakeTopic:
+    """Makes topics with unique names."""
+
+    def make(partitions: int = 1, config: Mapping[str, str] | None = None) -> str:
+        return kafka.create_topic(f"test-{uuid4().hex[:12]}", partitions, config)
+
+    return make
+
+
+@pytest.hookimpl(trylast=True)  # after pytest-randomly, whose order is kept within each rank
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests without a server first, those that kill something last."""
+    items.sort(key=_rank)
+
+
+def _rank(item: pytest.Item) -> int:
+    if item.get_closest_marker("crash"):
+        return 2
+    return 1 if {"postgres", "kafka"} & set(getattr(item, "fixturenames", ())) else 0
+
+
+class NothingSkipped:
+    """Fails the run when a test or a module was skipped: in CI a skip is a hole, not a pass."""
+
+    def __init__(self) -> None:
+        self.skipped: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self.skipped.append(report.nodeid)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self.skipped.append(report.nodeid)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.skipped:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.skipped:
+            terminalreporter.section("skipped, which CI does not allow", red=True)
+            for nodeid in self.skipped:
+                terminalreporter.line(nodeid)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuses skips in CI."""
+    if in_ci():
+        config.pluginmanager.register(NothingSkipped())

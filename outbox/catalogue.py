@@ -132,11 +132,11 @@ class Catalogue:
         if isinstance(event, Event):
             record, symbol = self._find(event.type)
             data = _complete(record, symbol, event)
-            message_id, key, topic, headers = event.id, event.key, event.topic, event.headers
+            key, topic, headers = event.key, event.topic, event.headers
         else:
             record = self._of(event)
             data = _fields(event)
-            message_id = key = topic = headers = None
+            key = topic = headers = None
         try:
             value = record.encode(data)
         except Mismatch as mismatch:
@@ -144,6 +144,9 @@ class Catalogue:
                 f"{_type_of(record, data)}: field {mismatch.path or '(all)'} {mismatch.problem}"
             ) from None
         event_type = _type_of(record, data)
+        message_id = data.get("event_id")
+        if type(message_id) is not UUID:
+            message_id = _id(record, message_id, event)
         if len(value) > max_bytes:
             raise EventTooLarge(
                 f"{event_type}: {len(value):,} bytes encoded, more than the limit of {max_bytes:,}; "
@@ -152,7 +155,7 @@ class Catalogue:
         if key is None and record.key is not None:
             key = _text(data.get(record.key, record.key_default))
         return Message(
-            id=_id(record, data, message_id),
+            id=message_id,
             type=event_type,
             topic=_topic(topic, event_type) if topic is not None else record.topic,
             key=key if key is None else _check_key(key, event_type),
@@ -290,8 +293,8 @@ def _complete(record: _Record, symbol: str, event: Event) -> dict[str, Any]:
         raise InvalidEvent(
             f"{event.type}: field event_type is {show(data['event_type'])}; leave it out, the type says it"
         )
-    if "event_id" in record.fields and "event_id" not in data:
-        data["event_id"] = event.id or uuid7()
+    if "event_id" in record.fields:
+        _complete_id(data, event)
     if record.stamped and "timestamp" not in data:
         data["timestamp"] = datetime.now(UTC)
     if "metadata" in record.fields and "metadata" not in data:
@@ -299,22 +302,26 @@ def _complete(record: _Record, symbol: str, event: Event) -> dict[str, Any]:
     return data
 
 
+def _complete_id(data: dict[str, Any], event: Event) -> None:
+    if "event_id" not in data:
+        data["event_id"] = event.id or uuid7()
+    elif event.id is not None and str(event.id) != str(data["event_id"]).lower():
+        found = show(data["event_id"])
+        raise InvalidEvent(
+            f"{event.type}: field event_id is {found} but the event's id is {event.id}; give one of them"
+        )
+
+
 def _type_of(record: _Record, data: Mapping[str, Any]) -> str:
     symbol = data.get("event_type", "")
     return record.types.get(symbol if isinstance(symbol, str) else "", record.name)
 
 
-def _id(record: _Record, data: Mapping[str, Any], given: UUID | None) -> UUID:
-    """The record's event_id; else the given id; else a new one."""
-    if "event_id" not in record.fields:
-        return given or uuid7()
-    found = data["event_id"]
-    event_id = found if isinstance(found, UUID) else UUID(found)
-    if given is not None and given != event_id:
-        raise InvalidEvent(
-            f"{_type_of(record, data)}: field event_id is {event_id} but the event's id is {given}; give one"
-        )
-    return event_id
+def _id(record: _Record, event_id: Any, event: Event | TypedEvent) -> UUID:
+    """The id of an event whose record has no event_id, or has it as text."""
+    if "event_id" in record.fields:
+        return UUID(str(event_id))
+    return (event.id if isinstance(event, Event) else None) or uuid7()
 
 
 def _text(value: Any) -> str:

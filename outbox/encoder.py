@@ -164,7 +164,8 @@ def _string(value: Any) -> bytes:
 
 def _uuid(value: Any) -> bytes:
     if type(value) is UUID:
-        return b"\x48" + str(value).encode()  # 0x48: the length, 36
+        digits = b"%032x" % value.int
+        return b"\x48%b-%b-%b-%b-%b" % (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])  # 0x48: 36
     if isinstance(value, UUID):
         return _uuid(UUID(int=value.int))
     if isinstance(value, str) and _UUID.fullmatch(value):

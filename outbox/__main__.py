@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from outbox.codegen import codegen, lint
 from outbox.errors import OutboxError
 from outbox.tables import SCHEMA
 
@@ -72,6 +73,15 @@ def sql(name: str | None, lanes: int, schema: str) -> None:
     from outbox import migrate as door
 
     click.echo(door.sql(schema=schema, name=name, lanes=lanes), nl=False)
+
+
+@main.group("schemas")
+def schemas_group() -> None:
+    """The .avsc files of a service."""
+
+
+schemas_group.add_command(lint)
+main.add_command(codegen)
 
 
 if __name__ == "__main__":

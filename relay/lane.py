@@ -201,9 +201,9 @@ class Finish:
 class Begin:
     """The lane was left clean, so Kafka may have forgotten its progress, or be about to: begin with the empty batch `batch`.
 
-    Write its progress first (an empty transaction), then set the lane from `batch - 1` to `batch`, which clears `released`; a
-    crash between the two is an ordinary `Finish`. It has a number of its own because its progress names no rows: a database
-    restored to before the last real batch must not take it for that one's.
+    Write its progress first (an empty transaction), then set the lane from `batch - 1` to `batch`, which clears `released`;
+    after a crash between the two the same beginning is made again. It has a number of its own because its progress names no
+    rows: a database restored to before the last real batch must not take it for that one's.
     """
 
     batch: int
@@ -247,6 +247,8 @@ def reconcile(outbox: UUID, batch: int, released: bool, progress: Progress | Non
     if progress.batch == batch:
         return Begin(batch + 1) if released else Resume(batch)
     if progress.batch == batch + 1:
+        if released and not progress.runs:
+            return Begin(progress.batch)
         return Finish(progress.batch, progress.runs)
     found = "behind" if progress.batch > batch else "ahead"
     return Doubt(

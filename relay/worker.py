@@ -178,8 +178,8 @@ class LaneWorker:
         if isinstance(verdict, Finish):
             runs = verdict.runs
         if isinstance(verdict, Begin):
-            progress = Progress(shared.meta.uuid, before, ())
-            if (suspicious := await shared.thread(kafka.rewrite, before, progress.metadata())) is not None:
+            progress = Progress(shared.meta.uuid, verdict.batch, ())
+            if (suspicious := await shared.thread(kafka.rewrite, verdict.batch, progress.metadata())) is not None:
                 raise Recycle(suspicious)
         async with shared.queries.connection() as db:
             if not await shared.queries.advance(db, self.lane, before, verdict.batch, runs):

@@ -22,7 +22,7 @@ Schema = dict[str, Any]
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TOPIC = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")
-NAMED = frozenset({"record", "error", "enum", "fixed"})
+NAMED = ("record", "error", "enum", "fixed")
 
 # https://avro.apache.org/docs/1.12.0/specification/#logical-types
 LOGICAL_TYPES: Mapping[str, frozenset[str]] = {
@@ -191,6 +191,8 @@ def _check_type(schema: Any, where: str) -> Iterator[tuple[str, str]]:
         yield from _check_type(base, where)
         return
     yield from _check_logical(schema, where)
+    if base == "enum" and not isinstance(schema.get("symbols"), list):
+        yield where, "an enum has a list of symbols"
     if base in NAMED:
         yield from _check_names(schema, where)
     if base in ("record", "error"):
@@ -228,7 +230,11 @@ def _check_names(schema: Schema, where: str) -> Iterator[tuple[str, str]]:
 
 def _check_fields(schema: Schema, where: str) -> Iterator[tuple[str, str]]:
     seen: set[str] = set()
-    for field in schema.get("fields", ()):
+    members = schema.get("fields")
+    if not isinstance(members, list):
+        yield where, "a record has a list of fields"
+        return
+    for field in members:
         if not isinstance(field, dict) or not isinstance(field.get("name"), str):
             yield where, "each field is an object with a name and a type"
             continue

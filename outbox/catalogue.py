@@ -143,6 +143,8 @@ class Catalogue:
             raise InvalidEvent(
                 f"{_type_of(record, data)}: field {mismatch.path or '(all)'} {mismatch.problem}"
             ) from None
+        except RecursionError:
+            raise InvalidEvent(f"{_type_of(record, data)}: the data holds itself, or is nested too deeply") from None
         event_type = _type_of(record, data)
         message_id = data.get("event_id")
         if type(message_id) is not UUID:

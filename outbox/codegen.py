@@ -60,8 +60,8 @@ def generate(path: str | Path) -> str:
     title = "\n".join(
         textwrap.wrap(f'"""Typed events, made by `outbox codegen` from {", ".join(f.name for f in files)}.', 118)
     )
-    listed = "".join(f"    {name},\n" for name in events)
-    return f'{title}\n\n{REGENERATE}"""\n\n{module.imports()}\n\n{module.body()}\n\nEVENTS = (\n{listed})\n'
+    listed = f"({events[0]},)" if len(events) == 1 else "(\n" + "".join(f"    {name},\n" for name in events) + ")"
+    return f'{title}\n\n{REGENERATE}"""\n\n{module.imports()}\n\n{module.body()}\n\nEVENTS = {listed}\n'
 
 
 @click.command("codegen")
@@ -303,7 +303,7 @@ class _Module:
         if kind == "float":
             return f" = {float(value)!r}"
         if kind == "str":
-            return f" = {json.dumps(value, ensure_ascii=False)}"
+            return f" = {_quoted(value)}"
         if self.kinds.get(kind) == "enum":
             return f" = {kind}.{_symbol(value)}"
         return ""
@@ -360,14 +360,22 @@ def _envelope(member: Mapping[str, Any]) -> str | None:
 def _doc(text: str) -> Iterator[str]:
     """A docstring of one level in, wrapped."""
     clean = " ".join(str(text).split()).replace("\\", "\\\\").replace('"""', "'''")
-    clean = clean + " " if clean.endswith('"') else clean
     lines = textwrap.wrap(clean, 106) or ["."]
+    lines[0] = f" {lines[0]}" if lines[0].startswith('"') else lines[0]
     if len(lines) == 1:
-        yield f'    """{lines[0]}"""'
+        yield f'    """{lines[0]} """' if lines[0].endswith('"') else f'    """{lines[0]}"""'
         return
     yield f'    """{lines[0]}'
     yield from (f"    {line}" for line in lines[1:])
     yield '    """'
+
+
+def _quoted(text: str) -> str:
+    """A string literal, in the quotes that need fewer backslashes."""
+    double = json.dumps(text, ensure_ascii=False)
+    if text.count('"') <= text.count("'"):
+        return double
+    return "'" + double[1:-1].replace('\\"', '"').replace("'", "\\'") + "'"
 
 
 def _field_name(name: str) -> str:

@@ -297,12 +297,20 @@ class _Compiler:
 
         return union
 
+    def _default(self, field: Mapping[str, Any]) -> bytes | None:
+        encode = self.defaults.compile(field["type"])
+        if "default" not in field:
+            return None
+        try:
+            return encode(field["default"])
+        except Mismatch as mismatch:
+            raise mismatch.inside(field["name"]) from None
+
     def _record(self, schema: Mapping[str, Any]) -> Encode:
         plan: list[tuple[str, Encode, bytes | None]] = []
         for field in schema["fields"]:
             encode = self.compile(field["type"])
-            raw = self.defaults.compile(field["type"])
-            plan.append((field["name"], encode, raw(field["default"]) if "default" in field else None))
+            plan.append((field["name"], encode, self._default(field)))
         names = frozenset(name for name, _, _ in plan)
 
         def record(value: Any) -> bytes:

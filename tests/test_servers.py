@@ -24,7 +24,7 @@ from tests.servers.process import PORTS, Process, free_port
 pytestmark = pytest.mark.crash
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own_postgres() -> Iterator[Postgres]:
     server = started(lambda: Postgres(fsync=True))
     yield server
@@ -51,14 +51,14 @@ def taken(port: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("end", ["stop", "kill", "immediate"])
 def test_postgres_has_its_committed_rows_and_its_address_after_a_restart(own_postgres: Postgres, end: str) -> None:
-    url = own_postgres.create_database("kept")
-    own_postgres.execute("CREATE TABLE numbers AS SELECT generate_series(1, 1000) AS n", "kept")
+    url = own_postgres.create_database(f"kept_{end}")
+    own_postgres.execute("CREATE TABLE numbers AS SELECT generate_series(1, 1000) AS n", f"kept_{end}")
     getattr(own_postgres, end)()
     with pytest.raises(psycopg.OperationalError):
         psycopg.connect(url, connect_timeout=2)
     own_postgres.start()
-    assert own_postgres.url("kept") == url
-    assert own_postgres.execute("SELECT count(*) FROM numbers", "kept") == [(1000,)]
+    assert own_postgres.url(f"kept_{end}") == url
+    assert own_postgres.execute("SELECT count(*) FROM numbers", f"kept_{end}") == [(1000,)]
 
 
 def test_postgres_runs_with_the_settings_that_were_asked_for() -> None:
@@ -75,13 +75,18 @@ def test_postgres_does_not_take_a_stranger_on_its_port_for_itself(own_postgres: 
     port = int(own_postgres.url().rsplit(":", 1)[1].split("/")[0])
     with taken(port), pytest.raises(StartFailed, match="Address already in use"):
         own_postgres.start()
+    own_postgres.start()
 
 
 def test_postgres_does_not_take_another_cluster_for_its_own(own_postgres: Postgres) -> None:
     local = own_postgres._local()
+    ours = local.system_identifier
+    own_postgres.stop()
     local.system_identifier = 1
     with pytest.raises(StartFailed, match="Another server answers"):
-        local._check_identity()
+        own_postgres.start()
+    local.system_identifier = ours
+    own_postgres.start()
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])

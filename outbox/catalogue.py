@@ -155,12 +155,14 @@ class Catalogue:
                 "store the large part elsewhere and send a reference, or raise max_bytes and the topic's limit"
             )
         if key is None and record.key is not None:
-            key = _text(data.get(record.key, record.key_default))
+            key = data.get(record.key, record.key_default)
+        if key is not None and not (type(key) is str and key.isascii() and "\0" not in key):
+            key = _key(key, event_type)
         return Message(
             id=message_id,
             type=event_type,
             topic=_topic(topic, event_type) if topic is not None else record.topic,
-            key=key if key is None else _check_key(key, event_type),
+            key=key,
             value=value,
             fingerprint=record.fingerprint,
             headers=_headers(headers, event_type) if headers else None,
@@ -326,11 +328,9 @@ def _id(record: _Record, event_id: Any, event: Event | TypedEvent) -> UUID:
     return (event.id if isinstance(event, Event) else None) or uuid7()
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else str(value)
-
-
-def _check_key(key: Any, event_type: str) -> str:
+def _key(key: Any, event_type: str) -> str:
+    if isinstance(key, UUID):
+        return str(key)
     if not isinstance(key, str):
         raise InvalidEvent(f"{event_type}: the key is {show(key)}; give text (str)")
     return _check_text(key, event_type, "the key")
@@ -381,7 +381,7 @@ def _untyped(record: _Record, data: dict[str, Any]) -> Event:
     return Event(
         _type_of(record, data),
         data,
-        key=None if record.key is None else _text(data[record.key]),
+        key=None if record.key is None else str(data[record.key]),
         id=event_id if isinstance(event_id, UUID) else None,
         topic=record.topic,
     )

@@ -1,9 +1,9 @@
 """A schema compiled to one function per type that checks and encodes in a single walk.
 
-fastavro's writer checks little: it truncates 1.5 to 1 and wraps 2**40 where the schema says int, takes any object for a
-boolean, writes any text as a uuid and reads a naive datetime as the machine's local time. Checking first and writing
-then walks each event twice and takes 14 µs for an inspection event; these functions take 5 µs, and a mistake is found
-where it stands. The bytes are the same as fastavro's (tests/test_catalogue.py holds the two against each other).
+fastavro's writer checks little: it cuts 1.5 to 1 and writes 2**40 where the schema says int, takes any object for a
+boolean, writes any text as a uuid and reads a naive datetime as the machine's local time. A check before it would walk
+each event twice. These functions take two thirds of the time of fastavro's unchecked writer (Python 3.11), and find a
+mistake where it stands. The bytes are the same as fastavro's (tests/test_catalogue.py holds the two together).
 Rare logical types (decimal, date, times of day) go through fastavro's writer, behind a check of the Python type.
 https://avro.apache.org/docs/1.12.0/specification/#binary-encoding
 """
@@ -15,6 +15,7 @@ from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from difflib import get_close_matches
 from io import BytesIO
+from operator import call, itemgetter
 from reprlib import Repr
 from typing import Any
 from uuid import UUID
@@ -307,33 +308,45 @@ class _Compiler:
             raise mismatch.inside(field["name"]) from None
 
     def _record(self, schema: Mapping[str, Any]) -> Encode:
-        plan: list[tuple[str, Encode, bytes | None]] = []
-        for field in schema["fields"]:
-            encode = self.compile(field["type"])
-            plan.append((field["name"], encode, self._default(field)))
-        names = frozenset(name for name, _, _ in plan)
+        plan = [(field["name"], self.compile(field["type"]), self._default(field)) for field in schema["fields"]]
+        if len(plan) < 2:  # an itemgetter of one name gives no tuple
+            return lambda value: _step_by_step(plan, value)
+        encoders = [encode for _, encode, _ in plan]
+        get_all = itemgetter(*(name for name, _, _ in plan))
+        size = len(plan)
 
         def record(value: Any) -> bytes:
-            if type(value) is not dict and not isinstance(value, Mapping):  # the first is five times as fast
-                raise _expected("an object with named fields (a dict)", value)
-            get, parts, found, name = value.get, [], 0, ""
-            try:
-                for name, encode, default in plan:
-                    given = get(name, _MISSING)
-                    if given is not _MISSING:
-                        parts.append(encode(given))
-                        found += 1
-                    elif default is not None:
-                        parts.append(default)
-                    else:
-                        raise Mismatch("is missing and has no default; give it")  # noqa: TRY301 - path added below
-            except Mismatch as mismatch:
-                raise mismatch.inside(name) from None
-            if found != len(value):
-                raise _unknown(value, names)
-            return b"".join(parts)
+            if type(value) is dict and len(value) == size:
+                try:
+                    return b"".join(map(call, encoders, get_all(value)))  # no bytecode between the fields: 0.7 µs less
+                except (Mismatch, KeyError):
+                    pass  # found again below, with its name
+            return _step_by_step(plan, value)
 
         return record
+
+
+def _step_by_step(plan: list[tuple[str, Encode, bytes | None]], value: Any) -> bytes:
+    """A record with its defaults, and with the name of the field where something is wrong."""
+    if not isinstance(value, Mapping):
+        raise _expected("an object with named fields (a dict)", value)
+    parts, found, name = [], 0, ""
+    try:
+        for name, encode, default in plan:
+            given = value.get(name, _MISSING)
+            found += given is not _MISSING
+            parts.append(_missing(default) if given is _MISSING else encode(given))
+    except Mismatch as mismatch:
+        raise mismatch.inside(name) from None
+    if found != len(value):
+        raise _unknown(value, frozenset(name for name, _, _ in plan))
+    return b"".join(parts)
+
+
+def _missing(default: bytes | None) -> bytes:
+    if default is None:
+        raise Mismatch("is missing and has no default; give it")
+    return default
 
 
 def _unknown(value: Mapping[Any, Any], names: frozenset[str]) -> Mismatch:

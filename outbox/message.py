@@ -5,10 +5,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
+from random import Random
 from typing import Any
 from uuid import UUID, SafeUUID
 
 from outbox.errors import InvalidEvent
+
+# Seeded by the operating system; not random's own, which programs and test tools seed with constants. A forked child
+# starts anew. Eight times as fast as os.urandom for each id; an id is unique, it is no secret.
+_random = Random()  # noqa: S311 - see above
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_random.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,7 @@ def uuid7() -> UUID:
     """
     milliseconds, nanoseconds = divmod(time.time_ns(), 1_000_000)
     fraction = (nanoseconds << 12) // 1_000_000
-    random = int.from_bytes(os.urandom(8)) & 0x3FFF_FFFF_FFFF_FFFF
+    random = _random.getrandbits(62)
     value = (milliseconds & 0xFFFF_FFFF_FFFF) << 80 | (0x7000 | fraction) << 64 | 0x8 << 60 | random
     made = UUID.__new__(UUID)  # as UUID's own __setstate__ does it, a third of the time of its __init__
     object.__setattr__(made, "int", value)

@@ -1,6 +1,8 @@
 """Ids, times, and the two forms of an event."""
 
 import dataclasses
+import os
+import random
 import time
 from datetime import UTC, datetime
 from uuid import RFC_4122, UUID
@@ -33,6 +35,22 @@ def test_uuid7_sorts_by_time_and_never_repeats() -> None:
         time.sleep(0.000_01)  # more than the clock's quarter of a microsecond
     assert sorted(made) == made
     assert len({uuid7() for _ in range(20_000)}) == 20_000
+
+
+def test_uuid7_is_random_after_a_fork_and_under_a_fixed_seed() -> None:
+    def tail() -> int:
+        random.seed(1)
+        return uuid7().int & (1 << 62) - 1
+
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write, tail().to_bytes(8))
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert len({int.from_bytes(os.read(read, 8)), tail(), tail()}) == 3
+    os.close(read)
+    os.close(write)
 
 
 def test_now_is_aware_and_cut_to_what_avro_keeps() -> None:

@@ -21,6 +21,7 @@ from relay.errors import ConfigError, LaneHalted, LaneLost, LaneTrouble, RelayEr
 from relay.failpoint import Failpoint
 from relay.leases import plan
 from relay.queries import REFUSED, TROUBLE, LaneRow, Meta, Queries, connect
+from relay.transaction import check_settings
 from relay.worker import LaneWorker, Shared
 
 log = structlog.get_logger("relay")
@@ -36,6 +37,9 @@ HEARTBEAT = 10.0
 
 BACKOFF_FIRST, BACKOFF_MOST = 0.1, 5.0
 """Seconds before the first retry, and at most. It doubles in between, with jitter, for ever."""
+
+CONNECTIONS = 200
+"""Most connections to the database. They are opened when needed: two for each lane held, and one."""
 
 STEADY = 10.0
 """Seconds that a lane must be held for its last trouble to be over; a new one is said in the log again."""
@@ -109,8 +113,8 @@ class Relay:
         Raises:
             ConfigError: the database or Kafka refuses the relay, or the outbox's tables are missing or of another version.
         """
-        # the reader and the writer of each lane, and the supervisor; more lanes than this share what is there
-        pool = await self._patiently("database", lambda: connect(self._config, 10))
+        check_settings(self._config)
+        pool = await self._patiently("database", lambda: connect(self._config, CONNECTIONS))
         if pool is None:
             return
         queries = Queries(pool, self._config.schema)

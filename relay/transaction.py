@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from relay.config import RelayConfig
-from relay.errors import EventRefused, KafkaTrouble, LaneLost
+from relay.errors import ConfigError, EventRefused, KafkaTrouble, LaneLost
 from relay.lane import PRODUCERS, Progress, parse_progress
 
 FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
@@ -156,6 +156,19 @@ class Transactions:
             producer.purge(blocking=False)
         self._producers.clear()
         self._reader.close()
+
+
+def check_settings(config: RelayConfig) -> None:
+    """See whether librdkafka takes the settings. Needs no connection.
+
+    Raises:
+        ConfigError: with librdkafka's words.
+    """
+    try:
+        Producer({**config.producer(), "transactional.id": "check"}, logger=_Watch().logger())
+        Consumer({**config.client(), "group.id": "check"}, logger=_Watch().logger()).close()
+    except KafkaException as error:
+        raise ConfigError(f"a Kafka setting cannot be used: {error.args[0].str()}") from error
 
 
 @contextmanager

@@ -16,8 +16,9 @@ away, and the next take reads what became of the last batches.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from uuid import UUID
@@ -153,7 +154,7 @@ class LaneWorker:
         if not await shared.queries.lease(self.lane, shared.relay, shared.config.lease):  # 1
             raise LaneLost(f"lane {self.lane} is held by another relay, or halted")
         done(Step.LEASE)
-        await asyncio.gather(shared.thread(kafka.fence, 0), shared.thread(kafka.fence, 1))  # 2
+        await _both(shared.thread(kafka.fence, 0), shared.thread(kafka.fence, 1))  # 2
         done(Step.FENCE)
         try:
             progress = await shared.thread(kafka.progress)  # 3
@@ -186,6 +187,13 @@ class LaneWorker:
                 raise TakeAgain(f"the batch of lane {self.lane} moved on from {before} while the lane was taken")
         assert progress is not None  # noqa: S101 -- reconcile answers Begin or Doubt for None
         return Lane(verdict.batch), progress.metadata()
+
+
+async def _both(one: Awaitable[None], other: Awaitable[None]) -> None:
+    """Wait for both; neither may still be at work in its thread when an error of the other is handled."""
+    for result in await asyncio.gather(one, other, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,12 +322,9 @@ class _Cycle:
         self._lane = self._lane.fetched(fetched.progress.runs)
         if number - PRODUCERS in self._finishing:
             await self._finishing[number - PRODUCERS].commit
-        try:
+        with self._noting_refusal(fetched):
             await self._produce(fetched)
             await self._shared.thread(self._kafka.flush, number)
-        except EventRefused as refused:
-            self._quarantine.refused(fetched.seqs, str(refused))
-            raise
         self._lane = self._lane.flushed(number)
         self._shared.failpoint.done(Step.FLUSH)
         commit = asyncio.create_task(self._commit(fetched))
@@ -330,6 +335,15 @@ class _Cycle:
             await commit
         self._quarantine.published()
         self._last_event = time.monotonic()
+
+    @contextmanager
+    def _noting_refusal(self, fetched: _Fetched) -> Iterator[None]:
+        """Kafka's refusal may show at any call after `produce`."""
+        try:
+            yield
+        except EventRefused as refused:
+            self._quarantine.refused(fetched.seqs, str(refused))
+            raise
 
     async def _produce(self, fetched: _Fetched) -> None:
         if not self._lane.may_produce(fetched.number):
@@ -348,7 +362,8 @@ class _Cycle:
             await self._finishing[number - 1].delete
         if not self._lane.may_commit(number):
             raise IllegalStep(f"batch {number} may not be committed in {self._lane}")
-        suspicious = await self._shared.thread(self._commit_in_thread, number, fetched.metadata)
+        with self._noting_refusal(fetched):
+            suspicious = await self._shared.thread(self._commit_in_thread, number, fetched.metadata)
         self._lane = self._lane.committed(number)
         self._shared.failpoint.done(Step.COMMIT)
         self._metadata = fetched.metadata

@@ -1,4 +1,5 @@
-"""The command `relay`. Exit codes: 0 stopped as asked, 2 the settings or the outbox's tables are wrong, 128 + n left at once."""
+"""The command `relay`. Exit codes: 0 stopped as asked, 2 the settings or the outbox's tables are wrong, 128 + n left at
+once."""
 
 import asyncio
 import gc
@@ -19,8 +20,8 @@ from relay.supervisor import Relay
 EXIT_CONFIG = 2
 
 GC_THRESHOLD = 100_000
-"""Objects made before the garbage collector looks for cycles. Python's 700 has it walk every batch a dozen times: 15 % of the
-relay's CPU under a backlog. A batch makes no cycles; reference counts free it."""
+"""Objects made before the garbage collector looks for cycles. Python's 700 has it walk every batch a dozen times: 15 %
+of the relay's CPU under a backlog. A batch makes no cycles; reference counts free it."""
 
 
 @click.group()

@@ -1,4 +1,5 @@
-"""The relay's settings: one frozen object, made from the environment and a TOML file, refused at construction when it contradicts itself."""
+"""The relay's settings: one frozen object, made from the environment and a TOML file, refused at construction when it
+contradicts itself."""
 
 import os
 import tomllib
@@ -39,7 +40,8 @@ KAFKA_DEFAULTS: Mapping[str, str | int | float | bool] = {
     "client.id": "outbox-relay",
     "linger.ms": 1,
     "batch.size": 1_000_000,
-    # With librdkafka's default of 100 ms the p99 of a small transaction is 90-120 ms (docs/design.md, "The lane protocol").
+    # With librdkafka's default of 100 ms the p99 of a small transaction is 90-120 ms (docs/design.md, "The lane
+    # protocol").
     "retry.backoff.ms": 10,
     "socket.nagle.disable": True,
     "queue.buffering.max.messages": 1_000_000,
@@ -51,8 +53,9 @@ KAFKA_DEFAULTS: Mapping[str, str | int | float | bool] = {
 class RelayConfig:
     """Every setting of a relay. Durations are seconds, sizes bytes.
 
-    In the environment a field `x` is `OUTBOX_X`; a librdkafka setting `a.b` is `OUTBOX_KAFKA_A_B`. In the TOML file fields
-    stand at the top level and librdkafka settings in the table `[kafka]` under their own names. The environment wins.
+    In the environment a field `x` is `OUTBOX_X`; a librdkafka setting `a.b` is `OUTBOX_KAFKA_A_B`. In the TOML file
+    fields stand at the top level and librdkafka settings in the table `[kafka]` under their own names. The environment
+    wins.
 
     Raises:
         ConfigError: names the setting and the remedy.
@@ -71,13 +74,15 @@ class RelayConfig:
     batch_bytes: int = 16 * 1024 * 1024
     """Bytes of values in one Kafka transaction at most (one event may exceed it). Bounds the relay's memory."""
     lease: float = 3.0
-    """How long a lane stays with a relay that says nothing. A crashed relay's lanes wait so long; safety does not rest on it."""
+    """How long a lane stays with a relay that says nothing. A crashed relay's lanes wait so long; safety does not rest
+    on it."""
     poll_shortest: float = 0.0015
     """Wait before the next fetch right after an event. Shorter: less latency, more CPU."""
     poll_longest: float = 0.05
     """Wait between fetches of an idle lane."""
     keepalive: float = 3_600.0
-    """An idle lane writes its progress again so often: Kafka forgets offsets (7 days) and transactional ids (7 days) that rest."""
+    """An idle lane writes its progress again so often: Kafka forgets offsets (7 days) and transactional ids (7 days)
+    that rest."""
     database_timeout: float = 30.0
     """A statement that takes longer is given up, and the lane is taken anew."""
     kafka_timeout: float = 30.0
@@ -98,7 +103,8 @@ class RelayConfig:
                 raise ConfigError(f"{_named(name)} is {getattr(self, name)}: it must be greater than 0")
         if self.poll_shortest > self.poll_longest:
             raise ConfigError(
-                f"{_named('poll_shortest')} ({self.poll_shortest} s) is longer than {_named('poll_longest')} ({self.poll_longest} s)"
+                f"{_named('poll_shortest')} ({self.poll_shortest} s) is longer than "
+                f"{_named('poll_longest')} ({self.poll_longest} s)"
             )
         if self.lease < 1:
             raise ConfigError(
@@ -108,7 +114,8 @@ class RelayConfig:
             self.kafka.get("queue.buffering.max.messages", KAFKA_DEFAULTS["queue.buffering.max.messages"])
         ):
             raise ConfigError(
-                f"{_named('batch_rows')} is {self.batch_rows}: the Kafka client's queue (queue.buffering.max.messages) must hold twice that"
+                f"{_named('batch_rows')} is {self.batch_rows}: the Kafka client's queue "
+                "(queue.buffering.max.messages) must hold twice that"
             )
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"{_named('log_level')} is {self.log_level!r}: use debug, info, warning or error")

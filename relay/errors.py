@@ -3,10 +3,10 @@
 ::
 
     RelayError
-    ├── ConfigError        the operator's mistake: a setting that is unknown, missing or contradicts another; the relay does not start
+    ├── ConfigError        the operator's mistake in a setting; the relay does not start
     ├── ProgressError      progress in Kafka that cannot be read: not written by a relay, or by a newer one
     ├── IllegalStep        a step that the protocol forbids now: a bug of ours, and nothing was done
-    ├── LaneHalted         what Kafka and the database say cannot both be true: a person has to look (docs/design.md, "Halting")
+    ├── LaneHalted         Kafka and the database contradict each other: a person has to look
     └── LaneTrouble        this hold on the lane is over; the next take settles what is in doubt
         ├── LaneLost       another relay has the lane
         ├── TakeAgain      the two readings contradict each other, which a zombie's last step may explain
@@ -15,7 +15,8 @@
         ├── DatabaseTrouble  the same of the database
         └── EventRefused   Kafka refuses an event for good
 
-Nothing in this tree says "not committed": what an exception leaves in doubt is read back from Kafka (docs/design.md, "The lane protocol").
+Nothing in this tree says "not committed": what an exception leaves in doubt is read back from Kafka (docs/design.md,
+"The lane protocol").
 """
 
 

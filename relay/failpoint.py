@@ -1,4 +1,5 @@
-"""Dying on purpose, for the crash tests: `OUTBOX_FAILPOINT=commit:3` kills the process when it has done that step for the third time.
+"""Dying on purpose, for the crash tests: `OUTBOX_FAILPOINT=commit:3` kills the process when it has done that step for
+the third time.
 
 Steps are those of `relay.lane.Step`; a process without the variable pays one attribute look-up a step.
 """

@@ -2,17 +2,18 @@
 
 A row can commit late with a low seq, so the highest seq seen is no floor. The rule:
 
-    Let F be the highest seq seen, then read who holds the outbox table for writing. When all of them are gone, and one more
-    fetch was made, the floor may become F.
+    Let F be the highest seq seen, then read who holds the outbox table for writing. When all of them are gone, and one
+    more fetch was made, the floor may become F.
 
-A writer takes the table's lock before it takes a seq. So whoever has a seq below F and is not visible yet is among those
-holders, and what it commits is seen by the next fetch.
+A writer takes the table's lock before it takes a seq. So whoever has a seq below F and is not visible yet is among
+those holders, and what it commits is seen by the next fetch.
 """
 
 from collections.abc import Collection
 
 PREPARED = "-1/"
-"""How `pg_locks.virtualtransaction` starts for a prepared transaction: PREPARE TRANSACTION gives a writer a new name."""
+"""How `pg_locks.virtualtransaction` starts for a prepared transaction: PREPARE TRANSACTION gives a writer a new
+name."""
 
 
 class Floor:
@@ -36,7 +37,8 @@ class Floor:
 
         Args:
             last: the highest seq it returned, 0 when it returned none.
-            complete: it returned all there was. When False it was cut off (rows, bytes) and looked only as far as `last`.
+            complete: it returned all there was. When False it was cut off (rows, bytes) and looked only as far as
+            `last`.
         """
         if self._blockers is not None and not self._blockers and (complete or last >= self._candidate):
             self.value = self._candidate

@@ -7,8 +7,8 @@ A relay takes a lane in four steps and then publishes batches in cycles (docs/de
                                                               └─► halted
     cycle   5 fetch  ─► 6 publish: produce · flush · progress · commit  ─► 7 delete ─► 5
 
-What may overlap, and what may not, is in `Lane`: a batch is FETCHED, then FLUSHED (every record acknowledged, the transaction
-open), then COMMITTED, and leaves the window when its delete is acknowledged::
+What may overlap, and what may not, is in `Lane`: a batch is FETCHED, then FLUSHED (every record acknowledged, the
+transaction open), then COMMITTED, and leaves the window when its delete is acknowledged::
 
                  fetched()            flushed()              committed()            deleted()
       (a new one) ──────► FETCHED ──────────────► FLUSHED ───────────────► COMMITTED ──────────► (gone; lane.batch = n)
@@ -16,7 +16,8 @@ open), then COMMITTED, and leaves the window when its delete is acknowledged::
                             n-1 is FLUSHED,         n-1 is gone
                             n-2 is COMMITTED
 
-An illegal step raises `IllegalStep`. tests/test_model.py searches every interleaving of three relays with exactly this code.
+An illegal step raises `IllegalStep`. tests/test_model.py searches every interleaving of three relays with exactly this
+code.
 """
 
 import base64
@@ -33,7 +34,8 @@ Runs = tuple[tuple[int, int], ...]
 """A set of seqs as ascending, disjoint, half-open runs: ((1, 4), (7, 8)) is {1, 2, 3, 7}."""
 
 PRODUCERS = 2
-"""transactional.ids of a lane. Batch n is published by id n mod 2: a transaction need not wait for the markers of the last one."""
+"""transactional.ids of a lane. Batch n is published by id n mod 2: a transaction need not wait for the markers of the
+last one."""
 
 WINDOW = 3
 """Batches under way at most: one committing or being deleted, one produced, one fetched."""
@@ -97,7 +99,8 @@ def union(sets: Sequence[Runs]) -> Runs:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The last batch that Kafka committed for a lane: offset = its number, metadata = the outbox's uuid and the batch's seqs."""
+    """The last batch that Kafka committed for a lane: offset = its number, metadata = the outbox's uuid and the batch's
+    seqs."""
 
     outbox: UUID
     batch: int
@@ -141,7 +144,8 @@ def parse_progress(batch: int, metadata: str) -> Progress:
 
 
 def cut(outbox: UUID, batch: int, seqs: Sequence[int], limit: int = METADATA_BYTES) -> tuple[Progress, str]:
-    """The progress of a batch of as many of the first `seqs` as its metadata can name in `limit` bytes (one at least), and that text."""
+    """The progress of a batch of as many of the first `seqs` as its metadata can name in `limit` bytes (one at least),
+    and that text."""
     count = len(seqs)
     while True:
         progress = Progress(outbox, batch, runs_of(seqs[:count]))
@@ -199,11 +203,12 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """The lane was left clean, so Kafka may have forgotten its progress, or be about to: begin with the empty batch `batch`.
+    """The lane was left clean, so Kafka may have forgotten its progress, or be about to: begin with the empty batch
+    `batch`.
 
-    Write its progress first (an empty transaction), then set the lane from `batch - 1` to `batch`, which clears `released`;
-    after a crash between the two the same beginning is made again. It has a number of its own because its progress names no
-    rows: a database restored to before the last real batch must not take it for that one's.
+    Write its progress first (an empty transaction), then set the lane from `batch - 1` to `batch`, which clears
+    `released`; after a crash between the two the same beginning is made again. It has a number of its own because its
+    progress names no rows: a database restored to before the last real batch must not take it for that one's.
     """
 
     batch: int
@@ -233,8 +238,8 @@ def reconcile(outbox: UUID, batch: int, released: bool, progress: Progress | Non
         if released:
             return Begin(batch + 1)
         return Doubt(
-            f"Kafka has no progress for this lane, the database is at batch {batch}, and the lane was not left by a clean "
-            "stop. Kafka was replaced or emptied, or the relay was away for longer than the broker keeps offsets "
+            f"Kafka has no progress for this lane, the database is at batch {batch}, and the lane was not left by a "
+            "clean stop. Kafka was replaced or emptied, or the relay was away for longer than the broker keeps offsets "
             "(offsets.retention.minutes). Whether the last batch was published cannot be known from here",
             transient=True,
         )
@@ -278,7 +283,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """What a relay knows of a lane it holds, between step 4 and the loss of the lane. Immutable: every step gives the next value."""
+    """What a relay knows of a lane it holds, between step 4 and the loss of the lane. Immutable: every step gives the
+    next value."""
 
     batch: int
     """Number of the last batch whose delete was acknowledged."""
@@ -299,7 +305,8 @@ class Lane:
         return len(self.window) < WINDOW
 
     def may_produce(self, number: int) -> bool:
-        """n may be produced once n-1 was flushed (so it stands behind it in every partition) and its id's last transaction ended."""
+        """n may be produced once n-1 was flushed (so it stands behind it in every partition) and its id's last
+        transaction ended."""
         return self._is(number, Stage.FETCHED) and all(
             before.stage is not Stage.FETCHED
             and (before.number > number - PRODUCERS or before.stage is Stage.COMMITTED)

@@ -1,13 +1,16 @@
-"""Which events of a lane are parked: those that Kafka refuses for good, and later ones of their key (docs/design.md, "Poison"). No I/O."""
+"""Which events of a lane are parked: those that Kafka refuses for good, and later ones of their key (docs/design.md,
+"Poison"). No I/O."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 class Quarantine:
-    """Finds the event that Kafka refuses by taking fewer rows until it stands alone. Lives as long as the lane's worker.
+    """Finds the event that Kafka refuses by taking fewer rows until it stands alone. Lives as long as the lane's
+    worker.
 
-    Kafka's errors name a batch, not an event, so the batch is cut to an eighth after each refusal; it grows again by doubling.
+    Kafka's errors name a batch, not an event, so the batch is cut to an eighth after each refusal; it grows again by
+    doubling.
     """
 
     def __init__(self, rows: int) -> None:

@@ -1,7 +1,8 @@
-"""The relay's SQL: one typed function per statement, whose body is the statement. The only place that speaks to the database.
+"""The relay's SQL: one typed function per statement, whose body is the statement. The only place that speaks to the
+database.
 
-Each statement is a transaction of its own. None needs session state, so all pass PgBouncer in transaction mode. Times are the
-database's: clocks of relays play no part.
+Each statement is a transaction of its own. None needs session state, so all pass PgBouncer in transaction mode. Times
+are the database's: clocks of relays play no part.
 """
 
 from collections.abc import Mapping, Sequence
@@ -147,7 +148,10 @@ class Queries:
     async def halt(self, lane: int, owner: UUID, reason: str) -> bool:
         """Stop the lane for a person to look at. Nothing takes it until `halted` is null again."""
         status = await self._pool.execute(
-            f"UPDATE {self._schema}.lane SET halted = $3, owner = NULL, lease_until = NULL WHERE lane = $1 AND owner = $2",
+            f"""
+            UPDATE {self._schema}.lane SET halted = $3, owner = NULL, lease_until = NULL
+             WHERE lane = $1 AND owner = $2
+            """,
             lane,
             owner,
             reason,
@@ -161,7 +165,8 @@ class Queries:
         return await self._pool.fetchval(  # type: ignore[no-any-return]
             f"""
             WITH gone AS (
-                DELETE FROM {self._schema}.relay WHERE id <> $1 AND seen_at < clock_timestamp() - make_interval(secs => $5)),
+                DELETE FROM {self._schema}.relay
+                 WHERE id <> $1 AND seen_at < clock_timestamp() - make_interval(secs => $5)),
             own AS (
                 INSERT INTO {self._schema}.relay (id, host, pid, version, started_at, seen_at)
                 VALUES ($1, $2, $3, $4, clock_timestamp(), clock_timestamp())
@@ -186,14 +191,15 @@ class Queries:
         """Step 5: the lane's next rows above `floor` in seq order, without the `hidden` ones.
 
         At most `rows` rows, and no more after the values reach `size` bytes (one row at least): the sum is made by the
-        database before a value is read. Columns: seq, id (text), type, topic, key, value, fingerprint, headers (JSON text),
-        created (ms since 1970).
+        database before a value is read. Columns: seq, id (text), type, topic, key, value, fingerprint, headers (JSON
+        text), created (ms since 1970).
         """
         return await db.fetch(  # type: ignore[no-any-return]
             f"""
             SELECT seq, id::text, type, topic, key, value, fingerprint, headers::text,
                    (date_part('epoch', created_at) * 1000)::bigint AS created
-              FROM (SELECT *, sum(octet_length(value)) OVER (ORDER BY seq ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
+              FROM (SELECT *, sum(octet_length(value)) OVER (
+                                  ORDER BY seq ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
                       FROM {self._schema}.outbox
                      WHERE lane = $1 AND seq > $2 AND NOT seq <@ $3::int8multirange
                      ORDER BY seq LIMIT $4) AS o
@@ -220,15 +226,16 @@ class Queries:
     async def advance(self, db: Any, lane: int, before: int, batch: int, runs: Runs) -> bool:
         """Steps 4 and 7: set the lane from batch `before` to `batch` and delete `runs`, in one transaction.
 
-        False: the lane was not at `before`, so another relay took it, and nothing was done. The transaction is durable when
-        this returns, whatever `synchronous_commit` the database has: a lane that goes back would halt.
+        False: the lane was not at `before`, so another relay took it, and nothing was done. The transaction is durable
+        when this returns, whatever `synchronous_commit` the database has: a lane that goes back would halt.
         """
         return await db.fetchval(  # type: ignore[no-any-return]
             f"""
             WITH own AS (
                 UPDATE {self._schema}.lane SET batch = $3, released = false
                  WHERE lane = $1 AND batch = $2
-                   AND (current_setting('synchronous_commit') <> 'off' OR set_config('synchronous_commit', 'on', true) = 'on')
+                   AND (current_setting('synchronous_commit') <> 'off'
+                        OR set_config('synchronous_commit', 'on', true) = 'on')
                 RETURNING 1),
             gone AS (
                 DELETE FROM {self._schema}.outbox AS o USING own, unnest($4::int8multirange) AS run
@@ -250,7 +257,8 @@ class Queries:
             WITH own AS (
                 UPDATE {self._schema}.lane SET batch = $3, released = false
                  WHERE lane = $1 AND batch = $2
-                   AND (current_setting('synchronous_commit') <> 'off' OR set_config('synchronous_commit', 'on', true) = 'on')
+                   AND (current_setting('synchronous_commit') <> 'off'
+                        OR set_config('synchronous_commit', 'on', true) = 'on')
                 RETURNING 1),
             gone AS (
                 DELETE FROM {self._schema}.outbox AS o USING own, unnest($4::int8multirange) AS run
@@ -258,7 +266,8 @@ class Queries:
             moved AS (
                 DELETE FROM {self._schema}.outbox AS o USING own, unnest($5::bigint[], $6::text[]) AS p (seq, error)
                  WHERE o.lane = $1 AND o.seq = p.seq
-                RETURNING o.id, o.lane, o.seq, o.type, o.topic, o.key, o.value, o.fingerprint, o.headers, o.created_at, p.error),
+                RETURNING o.id, o.lane, o.seq, o.type, o.topic, o.key, o.value, o.fingerprint, o.headers, o.created_at,
+                          p.error),
             dead AS (
                 INSERT INTO {self._schema}.dead_event AS d
                        (id, lane, seq, type, topic, key, value, fingerprint, headers, created_at, error, attempts)

@@ -1,4 +1,5 @@
-"""One row of the outbox as one Kafka record: CloudEvents in the binary mode of its Kafka protocol binding, Avro bytes framed.
+"""One row of the outbox as one Kafka record: CloudEvents in the binary mode of its Kafka protocol binding, Avro bytes
+framed.
 
 Sources: CloudEvents Kafka Protocol Binding 1.0.2, section 3.2; Avro specification 1.12, "Single-object encoding".
 """
@@ -25,9 +26,9 @@ class Records:
     def produce(self, rows: Iterable[Any], produce: Callable[..., None]) -> None:
         """Hand each row to `produce`, in order.
 
-        Key: the row's, in UTF-8. Value: C3 01, the fingerprint, the Avro bytes; without a fingerprint the row's bytes as they are;
-        null for a tombstone. Headers: ce_specversion, ce_id, ce_type, ce_source, content-type, then the row's own. Timestamp:
-        created_at.
+        Key: the row's, in UTF-8. Value: C3 01, the fingerprint, the Avro bytes; without a fingerprint the row's bytes
+        as they are; null for a tombstone. Headers: ce_specversion, ce_id, ce_type, ce_source, content-type, then the
+        row's own. Timestamp: created_at.
         """
         source, types, frames = self._source, self._types, self._frames
         for _seq, id_, type_, topic, key, value, fingerprint, own, created in rows:

@@ -111,7 +111,8 @@ class Relay:
         """Work until `stop`.
 
         Raises:
-            ConfigError: the database or Kafka refuses the relay, or the outbox's tables are missing or of another version.
+            ConfigError: the database or Kafka refuses the relay, or the outbox's tables are missing or of another
+            version.
         """
         check_settings(self._config)
         pool = await self._patiently("database", lambda: connect(self._config, CONNECTIONS))
@@ -223,7 +224,8 @@ class Relay:
         return now - self._waiting_since
 
     async def _renew(self, queries: Queries) -> None:
-        """Prolong our leases. A worker whose lane is not ours any more stops: its next commit would be fenced anyway."""
+        """Prolong our leases. A worker whose lane is not ours any more stops: its next commit would be fenced
+        anyway."""
         ours = await queries.renew(list(self._held), self._id, self._config.lease)
         for lane, held in self._held.items():
             if lane not in ours and time.monotonic() - held.since > self._config.lease:
@@ -262,7 +264,8 @@ class Relay:
         asyncio.get_running_loop().call_later(wait, self._wake.set)
 
     async def _drain(self, queries: Queries) -> None:
-        """Let the workers finish; what does not finish in time is abandoned, and settled by whoever takes the lane next."""
+        """Let the workers finish; what does not finish in time is abandoned, and settled by whoever takes the lane
+        next."""
         for held in self._held.values():
             held.worker.stop()
         tasks = [held.task for held in self._held.values()]

@@ -1,15 +1,16 @@
 """The Kafka transaction: a lane's two producers, its progress, and what their errors mean.
 
-Every method blocks and is meant for a thread; librdkafka releases the GIL while it waits. Nothing here decides what comes next:
-`relay.worker` orders the steps. Sources: KIP-98 (transactions), KIP-447 (offsets in a transaction), KAFKA-17754 (a delayed EndTxn).
+Every method blocks and is meant for a thread; librdkafka releases the GIL while it waits. Nothing here decides what
+comes next: `relay.worker` orders the steps. Sources: KIP-98 (transactions), KIP-447 (offsets in a transaction),
+KAFKA-17754 (a delayed EndTxn).
 
 Traps of librdkafka 2.x, each measured (docs/design.md, "librdkafka"):
 
-- After a fatal error later calls answer `_CONFLICT` with `retriable()` true: the first fatal one is what counts. Here every
-  error ends the hold on the lane and the producers with it, so no later call is made.
+- After a fatal error later calls answer `_CONFLICT` with `retriable()` true: the first fatal one is what counts. Here
+  every error ends the hold on the lane and the producers with it, so no later call is made.
 - `produce()` that raises does not poison the transaction. Same answer.
-- `commit_transaction()` may return as if nothing had been although its EndTxn was sent twice. Only the client's log shows it:
-  `_Watch` reads it, and `commit()` says so.
+- `commit_transaction()` may return as if nothing had been although its EndTxn was sent twice. Only the client's log
+  shows it: `_Watch` reads it, and `commit()` says so.
 - An undelivered record fails the flush or the commit; no delivery callback is needed for that.
 """
 
@@ -36,7 +37,8 @@ REFUSED = frozenset(
         KafkaError.TOPIC_EXCEPTION,
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
         KafkaError.POLICY_VIOLATION,
-        KafkaError._UNKNOWN_TOPIC,  # after topic.metadata.propagation.max.ms; UNKNOWN_TOPIC_OR_PART is retried until then
+        # after topic.metadata.propagation.max.ms; UNKNOWN_TOPIC_OR_PART is retried until then
+        KafkaError._UNKNOWN_TOPIC,
         KafkaError._UNKNOWN_PARTITION,
     }
 )
@@ -65,8 +67,8 @@ class _Watch(logging.Handler):
 class Transactions:
     """A lane's two transactional producers and its progress. One instance lives as long as one hold on the lane.
 
-    Raises (every method): LaneLost when another relay opened the producers; EventRefused when Kafka refuses an event for good;
-    KafkaTrouble for all else. After any of them the instance is to be discarded.
+    Raises (every method): LaneLost when another relay opened the producers; EventRefused when Kafka refuses an event
+    for good; KafkaTrouble for all else. After any of them the instance is to be discarded.
     """
 
     def __init__(self, config: RelayConfig, name: str, lane: int) -> None:
@@ -84,7 +86,8 @@ class Transactions:
     # ---- take --------------------------------------------------------------------------------------------------------
 
     def fence(self, number: int) -> None:
-        """Step 2, for one of the two ids: a new producer. Once it returns, the former owner of the id can commit nothing."""
+        """Step 2, for one of the two ids: a new producer. Once it returns, the former owner of the id can commit
+        nothing."""
         settings = {**self._config.producer(), "transactional.id": f"{self._name}.{self._lane}.{number}"}
         with typed("open a producer of the lane"):
             self._producers[number] = producer = Producer(settings, logger=self._watches[number].logger())
@@ -142,7 +145,8 @@ class Transactions:
         return self._watches[batch % PRODUCERS].suspicious
 
     def rewrite(self, batch: int, metadata: str) -> str | None:
-        """Write the progress again, in an empty transaction of each id: Kafka forgets what rests. Returned: as `commit`."""
+        """Write the progress again, in an empty transaction of each id: Kafka forgets what rests. Returned: as
+        `commit`."""
         suspicious = None
         for number in range(PRODUCERS):
             self.begin(number)
@@ -151,7 +155,8 @@ class Transactions:
         return suspicious
 
     def discard(self) -> None:
-        """Throw the producers away. What they left open is aborted by the lane's next taker, or by the broker in time."""
+        """Throw the producers away. What they left open is aborted by the lane's next taker, or by the broker in
+        time."""
         for producer in self._producers.values():
             producer.purge(blocking=False)
         self._producers.clear()

@@ -10,8 +10,8 @@ The numbered steps:
 6. publish    produce, flush, progress, commit: one Kafka transaction
 7. delete     the rows and the batch's number, in one database transaction
 
-What may overlap is asked of `relay.lane.Lane`, which refuses an illegal step. Any doubt ends the hold: the producers are thrown
-away, and the next take reads what became of the last batches.
+What may overlap is asked of `relay.lane.Lane`, which refuses an illegal step. Any doubt ends the hold: the producers
+are thrown away, and the next take reads what became of the last batches.
 """
 
 import asyncio
@@ -48,11 +48,13 @@ from relay.transaction import Transactions, typed
 log = structlog.get_logger("relay")
 
 AHEAD_ROWS = 1_000
-"""A batch of at least so many rows is a backlog: the next one is fetched and produced while this one commits. Below, the relay
-waits for the commit: a transaction costs it and the broker a millisecond of CPU each, so rows gather meanwhile."""
+"""A batch of at least so many rows is a backlog: the next one is fetched and produced while this one commits. Below,
+the relay waits for the commit: a transaction costs it and the broker a millisecond of CPU each, so rows gather
+meanwhile."""
 
 YIELD_ROWS = 500
-"""Rows produced before the event loop gets a turn (about a millisecond): the last batch's delete must not wait for this batch."""
+"""Rows produced before the event loop gets a turn (about a millisecond): the last batch's delete must not wait for this
+batch."""
 
 FLOOR_SECONDS = 0.02
 """A reading of the table's holders costs the database 0.2 ms: not more often, unless there is a backlog."""
@@ -93,8 +95,8 @@ class LaneWorker:
 
         Raises:
             LaneHalted: the lane was halted; the reason stands in the lane's row.
-            LaneTrouble: the lane is lost, or Kafka or the database is in trouble; it was given up, so that a relay that fares
-                better may take it.
+            LaneTrouble: the lane is lost, or Kafka or the database is in trouble; it was given up, so that a relay that
+                fares better may take it.
         """
         clean = False
         try:
@@ -116,7 +118,8 @@ class LaneWorker:
             log.debug("lane not released", lane=self.lane, error=str(error))
 
     async def _hold(self) -> bool:
-        """One hold on the lane: take it, then cycle. True: stopped with nothing under way. False: take it anew at once."""
+        """One hold on the lane: take it, then cycle. True: stopped with nothing under way. False: take it anew at
+        once."""
         kafka = Transactions(self._shared.config, self._shared.meta.name, self.lane)
         try:
             lane, metadata = await self._take(kafka)
@@ -139,7 +142,8 @@ class LaneWorker:
     # ---- steps 1 to 4 ------------------------------------------------------------------------------------------------
 
     async def _take(self, kafka: Transactions) -> tuple[Lane, str]:
-        """Take the lane; when the two readings contradict each other, once more. Returned: the lane and its progress' metadata."""
+        """Take the lane; when the two readings contradict each other, once more. Returned: the lane and its progress'
+        metadata."""
         try:
             return await self._take_once(kafka)
         except TakeAgain as doubt:
@@ -317,7 +321,8 @@ class _Cycle:
     # ---- step 6 ------------------------------------------------------------------------------------------------------
 
     async def _publish(self, fetched: _Fetched) -> None:
-        """Produce and flush; progress, commit and delete follow in tasks. A backlog does not wait for them, else rows gather."""
+        """Produce and flush; progress, commit and delete follow in tasks. A backlog does not wait for them, else rows
+        gather."""
         number = fetched.number
         self._lane = self._lane.fetched(fetched.progress.runs)
         if number - PRODUCERS in self._finishing:

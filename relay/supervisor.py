@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TypeVar
@@ -188,10 +189,8 @@ class Relay:
         self._wake.clear()
         if self._stopping.is_set():
             return
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), seconds)
-        except TimeoutError:
-            pass
 
     # ---- lanes -------------------------------------------------------------------------------------------------------
 

@@ -149,7 +149,8 @@ class Relay:
         found = await queries.version()
         if found is None:
             raise ConfigError(
-                f"the database has no outbox in schema {self._config.schema!r}: run `outbox migrate`, or set OUTBOX_SCHEMA"
+                f"the database has no outbox in schema {self._config.schema!r}: "
+                "run `outbox migrate`, or set OUTBOX_SCHEMA"
             )
         if found not in KNOWN_VERSIONS:
             known = ", ".join(KNOWN_VERSIONS)

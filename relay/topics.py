@@ -32,8 +32,9 @@ def ensure_control_topic(config: RelayConfig, name: str, lanes: int) -> None:
             return
         if kafka.code() in _FORBIDDEN:
             raise ConfigError(
-                f"Kafka does not let the relay make its control topic {topic} ({kafka.str()}): create it "
-                f"with {lanes} partition(s), and allow this user to describe it and to use the group {name} and transactional ids {name}.*"
+                f"Kafka does not let the relay make its control topic {topic} ({kafka.str()}): create it with {lanes} "
+                "partition(s), and allow this user to describe it and to use "
+                f"the group {name} and transactional ids {name}.*"
             ) from error
         raise KafkaTrouble(f"cannot see to the control topic {topic}: {kafka.str()}") from error
 

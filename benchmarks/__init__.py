@@ -1,0 +1,1 @@
+"""`make bench`: what the figures in docs/benchmarks.md are measured with, on real servers."""

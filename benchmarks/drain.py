@@ -1,0 +1,149 @@
+"""`relay` and `held-snapshot`: how fast a backlog goes to Kafka."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psycopg
+
+from benchmarks import machine
+from benchmarks.figures import Tally, added, difference
+from benchmarks.reader import Reader
+from benchmarks.stage import Contender, Stage, say
+from tests.servers.process import Process
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured."""
+
+    events: int = 200_000
+    rounds: int = 5
+    warming: int = 2
+    """Unmeasured rounds before, of each contender: the broker's JIT makes cold figures half as good."""
+
+
+RELAY = Sizes()
+RELAY_QUICK = Sizes(events=20_000, rounds=2, warming=1)
+HELD = Sizes(events=100_000, rounds=8, warming=3)
+HELD_QUICK = Sizes(events=10_000, rounds=3, warming=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One backlog, from its first to its last event at the reader."""
+
+    rate: float
+    """Events a second."""
+    tally: Tally
+    cpu: dict[str, float | None]
+    """CPU seconds by process, from when the relay took up its work until the last event had come."""
+    peak_mb: float | None
+    """The most memory that the relay ever had."""
+
+
+def relay(stage: Stage, sizes: Sizes) -> dict[str, Any]:
+    """Ours and the naive one take turns, each round a fresh process on a backlog that is there before it starts."""
+    topic = stage.topic("drain")
+    contenders = [stage.relay("drain_relay"), stage.naive("drain_naive")]
+    warm(stage, contenders, topic, sizes)
+    rounds: dict[str, list[Round]] = {contender.name: [] for contender in contenders}
+    for number in range(sizes.rounds):
+        for contender in contenders:
+            rounds[contender.name].append(_fresh(stage, contender, topic, sizes.events))
+            say(f"relay: round {number + 1} of {sizes.rounds}: {_told(contender, rounds[contender.name][-1])}")
+    ours, naive = _summary(rounds["relay"], sizes), _summary(rounds["naive"], sizes)
+    ratio = round(ours["events_per_s"] / naive["events_per_s"], 2) if naive["events_per_s"] else None
+    return {"events": sizes.events, **ours, "ratio_to_naive": ratio, "naive": naive}
+
+
+def held_snapshot(stage: Stage, sizes: Sizes) -> dict[str, Any]:
+    """One relay process, a backlog a round, while a session holds a snapshot: no deleted row can be vacuumed."""
+    topic = stage.topic("held")
+    contender = stage.relay("held")
+    rounds: list[Round] = []
+    with stage.running(contender) as process:
+        for _ in range(sizes.warming):
+            say(f"held-snapshot: warming {_told(contender, _while_running(stage, contender, topic, sizes, process))}")
+            stage.tidy(contender)
+        with _snapshot(stage.postgres.url(contender.database)):
+            for number in range(sizes.rounds):
+                rounds.append(_while_running(stage, contender, topic, sizes, process))
+                say(f"held-snapshot: round {number + 1} of {sizes.rounds}: {_told(contender, rounds[-1])}")
+            size = stage.postgres.execute("SELECT pg_total_relation_size('outbox.outbox')", contender.database)
+    rates = [one.rate for one in rounds]
+    return {
+        "events": sizes.events,
+        **_summary(rounds, sizes),
+        "last_to_first": round(rates[-1] / rates[0], 2) if rates[0] else None,
+        "table_mb": round(size[0][0] / 1e6, 1),
+    }
+
+
+def warm(stage: Stage, contenders: Sequence[Contender], topic: str, sizes: Sizes) -> None:
+    """Rounds that count for nothing: broker, page cache and tables get into the state of a server that is at work."""
+    for _ in range(sizes.warming):
+        for contender in contenders:
+            say(f"warming: {_told(contender, _fresh(stage, contender, topic, sizes.events))}")
+
+
+def _fresh(stage: Stage, contender: Contender, topic: str, count: int) -> Round:
+    """A round whose relay starts when the backlog is there."""
+    stage.tidy(contender)
+    stage.seed(contender, topic, count)
+    stage.postgres.execute("CHECKPOINT")  # what the seed wrote is not to be written out during the round
+    with Reader(stage, topic, count) as reader:
+        with stage.running(contender) as process:
+            pids = stage.pids(relay=process.pid)
+            before = machine.readings(pids)
+            reader.done()
+            cpu, peak = difference(before, machine.readings(pids)), machine.peak_mb(process.pid)
+        reading = reader.reading()
+    return Round(reading.rate, reading.tally, {**cpu, "reader": round(reading.cpu, 3)}, peak)
+
+
+def _while_running(stage: Stage, contender: Contender, topic: str, sizes: Sizes, process: Process) -> Round:
+    """A round of a relay that is at work already: the backlog comes all at once, with the commit of its INSERT."""
+    with Reader(stage, topic, sizes.events) as reader:
+        pids = stage.pids(relay=process.pid)
+        before = machine.readings(pids)
+        stage.seed(contender, topic, sizes.events)
+        reader.done()
+        cpu, peak = difference(before, machine.readings(pids)), machine.peak_mb(process.pid)
+        reading = reader.reading()
+    return Round(reading.rate, reading.tally, {**cpu, "reader": round(reading.cpu, 3)}, peak)
+
+
+@contextmanager
+def _snapshot(url: str) -> Iterator[None]:
+    """A session that read something in REPEATABLE READ and stays in its transaction, as a report or pg_dump does."""
+    with psycopg.connect(url) as session:
+        session.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        session.execute("SELECT count(*) FROM outbox.meta")
+        yield
+
+
+def _summary(rounds: Sequence[Round], sizes: Sizes) -> dict[str, Any]:
+    """Medians over the rounds (of memory the most, of the tally the sum) and every round's rate."""
+    cpu = {name: _median([one.cpu[name] for one in rounds]) for name in rounds[0].cpu}
+    relay_cpu = cpu["relay"]
+    return {
+        "events_per_s": round(statistics.median(one.rate for one in rounds)),
+        "rounds": [round(one.rate) for one in rounds],
+        "relay_cpu_us_per_event": None if relay_cpu is None else round(relay_cpu / sizes.events * 1e6, 2),
+        "cpu_s": cpu,
+        "relay_peak_mb": max((one.peak_mb for one in rounds if one.peak_mb is not None), default=None),
+        **asdict(added(one.tally for one in rounds)),
+    }
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(statistics.median(known), 3) if known else None
+
+
+def _told(contender: Contender, one: Round) -> str:
+    flaws = "" if one.tally.flawless else f"  {one.tally}"
+    return f"{contender.name:5} {one.rate:9,.0f} events/s  CPU s {one.cpu}{flaws}"

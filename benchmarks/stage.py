@@ -1,0 +1,175 @@
+"""Where all benchmarks of a run play: one PostgreSQL, one Kafka, databases and topics, and the relays between them."""
+
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from benchmarks import machine, naive
+from outbox.migrate import migrate
+from tests.servers import Kafka, Postgres, ServerError
+from tests.servers.broker import VERSION
+from tests.servers.process import Process, make_folder, remove_folder
+
+POSTGRES = {
+    "shared_buffers": "256MB",  # the default of 128 MB would measure the cache of a 200k backlog
+    "max_wal_size": "4GB",  # no checkpoint by volume in the middle of a round
+}
+"""Server settings beside the defaults of tests/servers; fsync and synchronous_commit are on. Part of every result."""
+
+PARTITIONS = 4
+
+TYPE = "com.chipquality.events.inspection.INSPECTION_COMPLETED"
+FINGERPRINT = 1_234_567  # the relay frames the bytes and never reads them
+VALUE_BYTES = 200
+FILLER = f"decode(repeat('ab', {VALUE_BYTES - 8}), 'hex')"
+SEED_KEY = "'key-' || (n % 1000)"
+"""The key of event n (figures.key_of). The value starts with n as eight bytes, big-endian."""
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A relay to be measured: its program, its database, the table from which it publishes."""
+
+    name: str
+    database: str
+    table: str
+    command: tuple[str, ...]
+    ready: str
+    """What its log says when it takes up its work."""
+
+    def rows(self) -> str:
+        """The columns of an event."""
+        return f"{self.table} (id, type, topic, key, value, fingerprint)"
+
+
+class Stage:
+    """The servers of a run, each started at its first use."""
+
+    def __init__(self) -> None:
+        self._postgres: Postgres | None = None
+        self._kafka: Kafka | None = None
+
+    @property
+    def postgres(self) -> Postgres:
+        """PostgreSQL with fsync on."""
+        if self._postgres is None:
+            self._postgres = Postgres(fsync=True, settings=POSTGRES)
+            self._postgres.start()
+        return self._postgres
+
+    @property
+    def kafka(self) -> Kafka:
+        """One broker."""
+        if self._kafka is None:
+            self._kafka = Kafka()
+            self._kafka.start()
+        return self._kafka
+
+    def database(self, name: str) -> str:
+        """URL of a new database with the outbox's tables, one lane."""
+        url = self.postgres.create_database(name)
+        migrate(url)
+        return url
+
+    def relay(self, database: str) -> Contender:
+        """Our relay on a new database."""
+        self.database(database)
+        return Contender("relay", database, "outbox.outbox", ("relay", "run"), "lane taken")
+
+    def naive(self, database: str) -> Contender:
+        """The naive relay on a new database with a table of its own."""
+        self.postgres.create_database(database)
+        self.postgres.execute(naive.TABLE, database)
+        return Contender("naive", database, "naive", ("benchmarks.naive",), naive.READY)
+
+    def topic(self, name: str) -> str:
+        """A new topic of four partitions."""
+        return self.kafka.create_topic(name, PARTITIONS)
+
+    def seed(self, contender: Contender, topic: str, count: int) -> None:
+        """Events 1 to `count` in one INSERT: `VALUE_BYTES` of value, a key of a thousand."""
+        self.postgres.execute(
+            f"INSERT INTO {contender.rows()} SELECT gen_random_uuid(), '{TYPE}', '{topic}', {SEED_KEY},"
+            f" int8send(n) || {FILLER}, {FINGERPRINT} FROM generate_series(1::bigint, {count}) AS n",
+            contender.database,
+        )
+
+    def tidy(self, contender: Contender) -> None:
+        """No vacuum and no checkpoint are due in the next round: its figure would depend on when they come."""
+        self.postgres.execute(f"VACUUM (ANALYZE) {contender.table}", contender.database)
+        self.postgres.execute("CHECKPOINT")
+
+    @contextmanager
+    def running(self, contender: Contender, *, ready: str | None = None) -> Iterator[Process]:
+        """The contender's process, from when its log says `ready` until it has stopped in order."""
+        environment = {
+            "OUTBOX_DATABASE_URL": self.postgres.url(contender.database),
+            "OUTBOX_KAFKA_BOOTSTRAP_SERVERS": self.kafka.bootstrap,
+            "PYTHONPATH": str(ROOT),
+        }
+        folder = make_folder("benchmark")
+        command = [sys.executable, "-m", *contender.command]
+        process = Process(contender.name, command, folder=folder, stop_signal=signal.SIGTERM, environment=environment)
+        try:
+            with process.starting():
+                process.wait_for(lambda: process.said(ready or contender.ready), 30)
+            yield process
+        finally:
+            process.stop()
+            remove_folder(folder)
+
+    def pids(self, **others: int | None) -> dict[str, int | None]:
+        """Whose CPU is counted: `others` by their names, broker and database. None: it cannot be read from here."""
+        return {**others, "broker": _pid_of_broker(self._kafka), "database": _pid_of_database(self._postgres)}
+
+    def description(self) -> dict[str, Any]:
+        """What every result says about machine, versions and settings."""
+        described = machine.description()
+        versions: dict[str, Any] = described["versions"]
+        if self._postgres is not None:
+            versions["postgresql"] = self._postgres.execute("SHOW server_version")[0][0]
+        if self._kafka is not None:
+            versions["kafka"] = VERSION if _pid_of_broker(self._kafka) else "not started here"
+        return {**described, "settings": self._settings()}
+
+    def _settings(self) -> Mapping[str, str]:
+        if self._postgres is None:
+            return {}
+        names = ("fsync", "synchronous_commit", *POSTGRES)
+        return {name: self._postgres.execute(f"SHOW {name}")[0][0] for name in names}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for server in (self._kafka, self._postgres):
+            if server is not None:
+                server.close()
+
+
+def _pid_of_broker(kafka: Kafka | None) -> int | None:
+    try:
+        return kafka.pid() if kafka else None
+    except ServerError:
+        return None
+
+
+def _pid_of_database(postgres: Postgres | None) -> int | None:
+    try:
+        return postgres.pid if postgres else None
+    except ServerError:
+        return None
+
+
+def say(text: str) -> None:
+    """Progress, for people: stderr, so that stdout holds JSON lines only."""
+    print(text, file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,13 +13,25 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import psycopg
 import pytest
 from confluent_kafka import Producer
 
 from tests.conftest import started
-from tests.servers import Kafka, Postgres, ServerError, ServerUnavailable, StartFailed, broker, cache, choice
+from tests.servers import (
+    Kafka,
+    Postgres,
+    Registry,
+    ServerError,
+    ServerUnavailable,
+    StartFailed,
+    broker,
+    cache,
+    choice,
+    postgres,
+)
 from tests.servers.process import PORTS, Process, free_port
 
 pytestmark = pytest.mark.crash
@@ -68,6 +81,20 @@ def test_postgres_runs_with_the_settings_that_were_asked_for() -> None:
         assert server.execute("SHOW max_connections") == [("17",)]
         assert server.execute("SHOW fsync") == [("off",)]
         assert int(server.execute("SHOW max_prepared_transactions")[0][0]) > 0
+
+
+def test_postgres_runs_from_a_folder_that_only_its_owner_may_enter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root the server runs as somebody else, who may not enter /root, where a checkout often lies."""
+    server = Postgres()
+    found = postgres._find_binaries()
+    assert found is not None
+    shutil.copytree(found.parent, tmp_path / "pginstall", symlinks=True)
+    monkeypatch.setattr(postgres, "_find_binaries", lambda: tmp_path / "pginstall" / "bin")
+    with contextlib.closing(server):
+        started(lambda: server)
+        assert server.execute("SELECT 1") == [(1,)]
 
 
 def test_postgres_does_not_take_a_stranger_on_its_port_for_itself(own_postgres: Postgres) -> None:
@@ -142,6 +169,18 @@ def test_a_broker_of_three_is_killed_and_comes_back_while_the_others_serve() -> 
         assert producer.flush(30) == 0
         cluster.start(0)
         assert len({cluster.pid(number) for number in range(3)}) == 3
+
+
+def test_a_registry_speaks_confluents_api_and_comes_back_at_its_address() -> None:
+    registry = Registry()
+    with contextlib.closing(registry):
+        started(lambda: registry)
+        assert httpx.get(f"{registry.url}/subjects").json() == []
+        before = registry.url
+        registry.kill()
+        registry.start()
+        assert registry.url == before
+        assert httpx.put(f"{registry.url}/config", json={"compatibility": "BACKWARD"}).is_success
 
 
 OWNER = """

@@ -16,8 +16,19 @@ from typing import Protocol
 from tests.servers.errors import ServerError, ServerUnavailable, StartFailed
 from tests.servers.kafka import Kafka
 from tests.servers.postgres import Postgres
+from tests.servers.registry import Registry
 
-__all__ = ["Kafka", "Postgres", "Server", "ServerError", "ServerUnavailable", "StartFailed", "running", "start_all"]
+__all__ = [
+    "Kafka",
+    "Postgres",
+    "Registry",
+    "Server",
+    "ServerError",
+    "ServerUnavailable",
+    "StartFailed",
+    "running",
+    "start_all",
+]
 
 
 class Server(Protocol):

@@ -1,19 +1,25 @@
 """Java and what runs on it: which Java, the jars of a Maven artifact, and the JVM's AOT cache."""
 
+import gc
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
 from tests.servers import cache as kept
 from tests.servers.errors import ServerUnavailable
+
+if TYPE_CHECKING:
+    from jgo.maven import MavenContext
 
 # One JVM option set for training and for running: an AOT cache is refused under another collector.
 JVM = ("-XX:+UseG1GC", "-XX:MaxGCPauseMillis=20", "-XX:InitiatingHeapOccupancyPercent=35", "-XX:-UsePerfData")
@@ -75,41 +81,52 @@ def jars(name: str, coordinates: Sequence[str], *, hint: str) -> Path:
 
     def make(folder: Path) -> None:
         kept.say(f"{name}: resolving its jars ({hint}) …")
-        for path in _download(coordinates, folder / "maven", transitive=True):
+        for path in _download(coordinates, folder / "maven"):
             path.rename(folder / path.name)
         shutil.rmtree(folder / "maven")
 
     return kept.once(name, make)
 
 
-def archive(name: str, coordinate: str, *, hint: str) -> Path:
-    """The unpacked folder of one tar.gz artifact (`group:artifact:version:classifier:tar.gz`); downloaded once."""
+def archive(name: str, group: str, artifact: str, version: str, classifier: str, *, hint: str) -> Path:
+    """The unpacked folder of one tar.gz artifact; downloaded once. Raises ServerUnavailable as `jars` does."""
 
     def make(folder: Path) -> None:
         kept.say(f"{name}: downloading ({hint}) …")
-        for path in _download([coordinate], folder / "maven", transitive=False):
-            shutil.unpack_archive(path, folder, filter="data")
+        with _maven(folder / "maven", f"{group}:{artifact}:{version}") as context:
+            found = context.project(group, artifact).at_version(version).artifact(classifier, "tar.gz").resolve()
+            shutil.unpack_archive(found, folder, filter="data")
         shutil.rmtree(folder / "maven")
 
     return kept.once(name, make)
 
 
-def _download(coordinates: Sequence[str], repository: Path, *, transitive: bool) -> list[Path]:
+def _download(coordinates: Sequence[str], repository: Path) -> list[Path]:
+    with _maven(repository, coordinates[0]) as context:
+        wanted = [context.create_dependency(coordinate) for coordinate in coordinates]
+        direct, indirect = context.resolver.resolve(wanted)
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(lambda dependency: dependency.artifact.resolve(), [*direct, *indirect]))
+
+
+@contextmanager
+def _maven(repository: Path, wanted: str) -> "Iterator[MavenContext]":
+    """jgo's resolver; what goes wrong in it is a ServerUnavailable, and the sockets that it leaves open are closed."""
     from jgo.maven import MavenContext, PythonResolver
 
-    context = MavenContext(repo_cache=repository, resolver=PythonResolver(), timeout=60)
-    wanted = [context.create_dependency(coordinate) for coordinate in coordinates]
-    try:
-        if transitive:
-            direct, indirect = context.resolver.resolve(wanted)
-            wanted = [*direct, *indirect]
-        with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(lambda dependency: dependency.artifact.resolve(), wanted))
-    except (OSError, RuntimeError) as error:  # requests' errors are OSErrors; jgo raises RuntimeError for "not found"
+    problem = ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        try:
+            yield MavenContext(repo_cache=repository, resolver=PythonResolver(), timeout=60)
+        except (OSError, RuntimeError) as error:  # requests' errors are OSErrors; a RuntimeError says "not found"
+            problem = str(error)
+        gc.collect()
+    if problem:
         raise ServerUnavailable(
-            f"{coordinates[0]} could not be downloaded ({error}). Check the network, then run again; "
+            f"{wanted} could not be downloaded ({problem}). Check the network, then run again; "
             "or use a running server or Docker (tests/servers/choice.py)."
-        ) from error
+        )
 
 
 def class_path(folder: Path) -> str:

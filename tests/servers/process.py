@@ -1,5 +1,6 @@
 """A server's process: its log, its signals, its end. It never outlives the process that started it."""
 
+import atexit
 import contextlib
 import os
 import random
@@ -197,7 +198,13 @@ def _tell(line: str) -> None:
                 text=True,
                 start_new_session=True,  # so that neither Ctrl-C nor the end of a terminal reaches it
             )
+            atexit.register(_dismiss, _guardian)
         if _guardian.stdin is None:
             raise StartFailed("The guardian has no pipe.")
         _guardian.stdin.write(line + "\n")
         _guardian.stdin.flush()
+
+
+def _dismiss(watcher: subprocess.Popen[str]) -> None:
+    """At an orderly exit what was not closed is ended and removed before this process is gone."""
+    watcher.communicate()

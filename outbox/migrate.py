@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from outbox.errors import MigrationError, UsageError
-from outbox.tables import MAX_NAME, SCHEMA, check_lanes, check_schema
+from outbox.tables import MAX_NAME, SCHEMA, check_lanes, check_schema, migrate_command, missing_tables, quoted
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -56,7 +56,7 @@ class Settings:
 
     @property
     def quoted_schema(self) -> str:
-        return _quoted(self.schema)
+        return quoted(self.schema)
 
     @property
     def sql_name(self) -> str:
@@ -79,7 +79,7 @@ def check_name(name: str) -> str:
 
 def current_version(connection: sa.Connection, *, schema: str = SCHEMA) -> str | None:
     """The revision that the tables are at; None where there are no tables."""
-    table = f"{_quoted(schema)}.{_VERSION_TABLE}"
+    table = f"{quoted(schema)}.{_VERSION_TABLE}"
     if connection.scalar(sa.text("SELECT to_regclass(:table)"), {"table": table}) is None:
         return None
     version: str | None = connection.scalar(sa.text(f"SELECT version_num FROM {table}"))  # noqa: S608 - quoted above
@@ -89,12 +89,12 @@ def current_version(connection: sa.Connection, *, schema: str = SCHEMA) -> str |
 def check_version(version: str | None, *, schema: str = SCHEMA) -> None:
     """Nothing, if this code can work with tables at `version`; MigrationError, with the remedy, otherwise."""
     if version is None:
-        raise MigrationError(f"there is no outbox in the SQL schema {schema!r}: run `{_command(schema)}`")
+        raise missing_tables(schema)
     _refuse_newer(version, schema)
     if version < HEAD:
         raise MigrationError(
             f"the outbox in the SQL schema {schema!r} is at version {version}, this code needs {HEAD}:"
-            f" run `{_command(schema)}`"
+            f" run `{migrate_command(schema)}`"
         )
 
 
@@ -104,10 +104,6 @@ def _refuse_newer(version: str | None, schema: str) -> None:
             f"the outbox in the SQL schema {schema!r} is at version {version}, newer than {HEAD}, the newest that this"
             " code knows: upgrade the package kafka-outbox (a downgrade of the tables does not exist)"
         )
-
-
-def _command(schema: str) -> str:
-    return "outbox migrate URL" if schema == SCHEMA else f"outbox migrate --schema {schema} URL"
 
 
 # --- The three doors ---
@@ -225,10 +221,6 @@ def _make_ground(op: Any, settings: Settings) -> None:
         f"CREATE TABLE {settings.quoted_schema}.{_VERSION_TABLE}"
         " (version_num varchar(32) NOT NULL, CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num))"
     )
-
-
-def _quoted(identifier: str) -> str:
-    return '"' + identifier.replace('"', '""') + '"' if not re.fullmatch("[a-z_][a-z0-9_]*", identifier) else identifier
 
 
 def _alembic(module: str) -> Any:

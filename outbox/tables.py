@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from outbox.errors import UsageError
+from outbox.errors import MigrationError, UsageError
 
 SCHEMA = "outbox"
 """The SQL schema when none is named."""
@@ -62,6 +62,21 @@ def check_lanes(lanes: int) -> int:
     if not 1 <= lanes <= MAX_LANES:
         raise UsageError(f"{lanes} lanes: an outbox has 1 (the default, and the fastest for one relay) to {MAX_LANES}")
     return lanes
+
+
+def migrate_command(schema: str) -> str:
+    """The command that makes or updates the tables of an outbox in this SQL schema."""
+    return "outbox migrate URL" if schema == SCHEMA else f"outbox migrate --schema {schema} URL"
+
+
+def missing_tables(schema: str) -> MigrationError:
+    """What to raise where the tables are not there, or not as this code knows them."""
+    return MigrationError(f"there is no outbox in the SQL schema {schema!r}: run `{migrate_command(schema)}`")
+
+
+def quoted(identifier: str) -> str:
+    """The identifier as SQL, always in quotes: it may be a reserved word."""
+    return '"' + identifier.replace('"', '""') + '"'
 
 
 def lane_expression(lanes: int) -> str:

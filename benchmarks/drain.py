@@ -48,7 +48,7 @@ def relay(stage: Stage, sizes: Sizes) -> dict[str, Any]:
     """Ours and the naive one take turns, each round a fresh process on a backlog that is there before it starts."""
     topic = stage.topic("drain")
     contenders = [stage.relay("drain_relay"), stage.naive("drain_naive")]
-    warm(stage, contenders, topic, sizes)
+    _warm(stage, contenders, topic, sizes)
     rounds: dict[str, list[Round]] = {contender.name: [] for contender in contenders}
     for number in range(sizes.rounds):
         for contender in contenders:
@@ -82,7 +82,7 @@ def held_snapshot(stage: Stage, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def warm(stage: Stage, contenders: Sequence[Contender], topic: str, sizes: Sizes) -> None:
+def _warm(stage: Stage, contenders: Sequence[Contender], topic: str, sizes: Sizes) -> None:
     """Rounds that count for nothing: broker, page cache and tables get into the state of a server that is at work."""
     for _ in range(sizes.warming):
         for contender in contenders:

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import asyncpg
 
-from benchmarks import drain, machine
+from benchmarks import machine
 from benchmarks.figures import Tally, added, difference, key_of, summary
 from benchmarks.reader import Reader
 from benchmarks.stage import FINGERPRINT, TYPE, VALUE_BYTES, Contender, Stage, say
@@ -43,15 +43,16 @@ class Sizes:
     """How long is measured."""
 
     seconds: float = 10.0
-    """Of each round; its first `warming` seconds come on top and do not count."""
+    """Of each round; its first `settling` seconds come on top and do not count."""
     rounds: int = 2
-    warming: float = 3.0
-    drains: drain.Sizes = drain.RELAY
-    """What warms the broker before all."""
+    settling: float = 3.0
+    warming: int = 2
+    """Unmeasured rounds of the heavier load before all, of each contender. Thousands of small transactions: the
+    broker's JIT has to meet their code, of which a drain runs little."""
 
 
 FULL = Sizes()
-QUICK = Sizes(seconds=2.0, rounds=1, warming=1.0, drains=drain.RELAY_QUICK)
+QUICK = Sizes(seconds=2.0, rounds=1, settling=1.0, warming=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,10 @@ class Round:
     """One load on one contender."""
 
     latencies: list[float]
-    """Seconds, of each event that was written after warming. Negative: the consumer had it before the writer knew."""
+    """Seconds, of each event after the settling. Negative: the consumer had it before the writer knew."""
     tally: Tally
     cpu: dict[str, float | None]
-    """Cores: CPU seconds a second, by process, warming included."""
+    """Cores: CPU seconds a second, by process, the settling included."""
     achieved: float
     """Events a second that the writer really wrote."""
 
@@ -71,7 +72,10 @@ def latency(stage: Stage, sizes: Sizes) -> dict[str, Any]:
     """Every load on ours and on the naive one in turn; the rounds of a load are pooled."""
     topic = stage.topic("latency")
     contenders = [stage.relay("latency_relay"), stage.naive("latency_naive")]
-    drain.warm(stage, contenders, topic, sizes.drains)
+    for _ in range(sizes.warming):
+        for contender in contenders:
+            one = _round(stage, contender, topic, LOADS[-1], sizes)
+            say(f"latency: warming: {_told(contender, LOADS[-1], one)}")
     return {
         "seconds": sizes.seconds * sizes.rounds,
         "loads": [_load(stage, contenders, topic, load, sizes) for load in LOADS],
@@ -86,8 +90,7 @@ def _load(stage: Stage, contenders: list[Contender], topic: str, load: Load, siz
         for contender in contenders:
             one = _round(stage, contender, topic, load, sizes)
             rounds[contender.name].append(one)
-            flaws = "" if one.tally.flawless else f"  {one.tally}"
-            say(f"latency: {load.rate:,}/s {contender.name:5} {summary(one.latencies)}  cores {one.cpu}{flaws}")
+            say(f"latency: {_told(contender, load, one)}")
     ours, naive = _summary(rounds["relay"]), _summary(rounds["naive"])
     ratios = {name: round(ours[name] / naive[name], 2) for name in ("p50_ms", "p99_ms") if naive[name]}
     return {
@@ -97,6 +100,11 @@ def _load(stage: Stage, contenders: list[Contender], topic: str, load: Load, siz
         "naive": naive,
         "ratio_to_naive": ratios,
     }
+
+
+def _told(contender: Contender, load: Load, one: Round) -> str:
+    flaws = "" if one.tally.flawless else f"  {one.tally}"
+    return f"{load.rate:,}/s {contender.name:5} {summary(one.latencies)}  cores {one.cpu}{flaws}"
 
 
 def _summary(rounds: list[Round]) -> dict[str, Any]:
@@ -109,7 +117,7 @@ def _summary(rounds: list[Round]) -> dict[str, Any]:
 
 
 def _round(stage: Stage, contender: Contender, topic: str, load: Load, sizes: Sizes) -> Round:
-    transactions = round((sizes.warming + sizes.seconds) * load.transactions)
+    transactions = round((sizes.settling + sizes.seconds) * load.transactions)
     writer = _Writer(contender, topic, load, transactions)
     with Reader(stage, topic, transactions * load.events, each=True) as reader, stage.running(contender) as process:
         pids = stage.pids(relay=process.pid)
@@ -120,7 +128,7 @@ def _round(stage: Stage, contender: Contender, topic: str, load: Load, sizes: Si
         wall, spent["writer"] = time.monotonic() - start, time.process_time() - own
         reading = reader.reading()
     spent["reader"] = reading.cpu
-    first = round(sizes.warming * load.transactions) * load.events
+    first = round(sizes.settling * load.transactions) * load.events
     return Round(
         [
             (came - writer.commits[(number - 1) // load.events]) / 1e9

@@ -2,7 +2,8 @@
 
 `SELECT … FOR UPDATE SKIP LOCKED LIMIT 1000`, an idempotent producer, flush, DELETE, commit; 10 ms of sleep when nothing
 was there. It gets whatever costs nothing to have: asyncpg with prepared statements, uvloop where it is installed, an
-index in the order of publishing, the outbox's own autovacuum options, no callback per record. Its records are byte for byte those of our relay: the same frame, the same headers, the same timestamp.
+index in the order of publishing, the outbox's own autovacuum options, no callback per record. Its
+records are those of our relay: the same frame, the same headers, the same timestamp.
 
 Run as `python -m benchmarks.naive` with OUTBOX_DATABASE_URL and OUTBOX_KAFKA_BOOTSTRAP_SERVERS.
 """

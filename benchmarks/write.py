@@ -1,10 +1,11 @@
 """`write`: what an event adds to the transaction that writes it, by every way in which one can be written.
 
 A transaction is: open a session or take a connection, one INSERT of the service's own, its events, commit (fsync on).
-All variants take turns transaction by transaction, so that the disk's moods meet all of them.
+All variants take turns transaction by transaction in a random order, so that the disk's moods meet all of them.
 """
 
 import asyncio
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -171,8 +172,8 @@ def write(stage: Stage, sizes: Sizes) -> dict[str, Any]:
 def _measured(ways: dict[str, Transaction], sizes: Sizes) -> dict[tuple[str, int], list[float]]:
     took: dict[tuple[str, int], list[float]] = {(way, count): [] for way in ways for count in EVENTS}
     for _ in range(sizes.warming + sizes.transactions):
-        for (way, count), times in took.items():
-            times.append(ways[way](count))
+        for way, count in random.sample(list(took), len(took)):
+            took[way, count].append(ways[way](count))
     return {variant: times[sizes.warming :] for variant, times in took.items()}
 
 

@@ -1,0 +1,203 @@
+"""`python -m benchmarks.report results.jsonl`: the tables of docs/benchmarks.md, out of what `make bench` prints.
+
+Of several lines of one benchmark the last counts. Nothing is computed here that the line does not say.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import click
+
+Result = Mapping[str, Any]
+"""A line of `python -m benchmarks`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A figure of a benchmark, and what it should be: at most or at least so much."""
+
+    bench: str
+    figure: str
+    value: Callable[[Result], Any]
+    at_least: float | None = None
+    at_most: float | None = None
+    unit: str = ""
+
+    def row(self, results: Mapping[str, Result]) -> list[str]:
+        """The figure, what was measured, the goal, and whether it was met."""
+        bounds = f"≥ {self.at_least:,g}" if self.at_least is not None else f"≤ {self.at_most:,g}"
+        if self.bench not in results:
+            return [self.figure, "not measured", bounds + self.unit, ""]
+        found = self.value(results[self.bench])
+        if found is None:
+            return [self.figure, "cannot be read here", bounds + self.unit, ""]
+        low = self.at_least is not None and found < self.at_least
+        high = self.at_most is not None and found > self.at_most
+        return [self.figure, f"{found:,}{self.unit}", bounds + self.unit, "missed" if low or high else "met"]
+
+
+def _flaws(result: Result) -> int:
+    return int(result["lost"] + result["doubled"] + result["reordered"] + result["strangers"])
+
+
+def _latency(load: int, name: str) -> Callable[[Result], Any]:
+    return lambda result: result["loads"][load]["relay"][name]
+
+
+GOALS = (
+    Goal("relay", "relay: events a second", lambda one: one["events_per_s"], at_least=120_000),
+    Goal("relay", "relay: times the naive one", lambda one: one["ratio_to_naive"], at_least=1.7),
+    Goal("relay", "relay: lost, doubled, reordered", _flaws, at_most=0),
+    Goal("relay", "relay: peak memory", lambda one: one["relay_peak_mb"], at_most=120, unit=" MB"),
+    Goal("latency", "latency at 100/s: p50", _latency(0, "p50_ms"), at_most=6, unit=" ms"),
+    Goal("latency", "latency at 100/s: p99", _latency(0, "p99_ms"), at_most=12, unit=" ms"),
+    Goal("latency", "latency at 2,000/s: p50", _latency(1, "p50_ms"), at_most=8, unit=" ms"),
+    Goal("latency", "latency at 2,000/s: p99", _latency(1, "p99_ms"), at_most=20, unit=" ms"),
+    Goal("held-snapshot", "held snapshot: last round to first", lambda one: one["last_to_first"], at_least=0.8),
+    Goal("write", "write: one event adds, at most", lambda one: one["added_percent"], at_most=30, unit=" %"),
+    Goal("write", "write: each of 100 events, at most", lambda one: one["us_per_event_of_100"], at_most=25, unit=" µs"),
+    Goal("inbox", "inbox: events a second, at least", lambda one: one["events_per_s"], at_least=50_000),
+    Goal("idle", "idle: a relay", lambda one: one["percent_of_a_core"]["relay"], at_most=1, unit=" % of a core"),
+)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def report(results: Mapping[str, Result]) -> str:
+    """All tables, in markdown. `results`: the lines by their `bench`."""
+    parts = [_surroundings(results), table(("figure", "measured", "goal", ""), [goal.row(results) for goal in GOALS])]
+    details = {
+        "relay": _relay,
+        "latency": _loads,
+        "held-snapshot": _held,
+        "write": _write,
+        "inbox": _inbox,
+        "idle": _idle,
+    }
+    parts += [detail(results[name]) for name, detail in details.items() if name in results]
+    return "\n".join(parts)
+
+
+def _surroundings(results: Mapping[str, Result]) -> str:
+    """Machine, versions and settings, of the last line."""
+    last = list(results.values())[-1]
+    host, versions = last["host"], {}
+    for result in results.values():
+        versions.update(result["versions"])
+    lines = [
+        f"- {host['cores']} cores of {host['cpu']}, {host['memory_gb']} GB, {host['system']}",
+        "- " + ", ".join(f"{name} {found}" for name, found in versions.items()),
+        "- PostgreSQL: " + ", ".join(f"{name} {found}" for name, found in last["settings"].items()),
+        f"- commit {last['commit']}, {last['at']}, load before each: "
+        + ", ".join(f"{name} {result['host']['load']}" for name, result in results.items()),
+    ]
+    if any(result.get("quick") for result in results.values()):
+        lines.insert(0, "**Quick sizes: these figures say nothing.**\n")
+    return "\n".join(lines) + "\n"
+
+
+def _relay(result: Result) -> str:
+    rows = [_drained(name, one) for name, one in (("relay", result), ("naive", result["naive"]))]
+    return f"A backlog of {result['events']:,} events:\n\n" + table(
+        (
+            "",
+            "events/s, median",
+            "all rounds",
+            "relay's CPU, µs an event",
+            "CPU s a round: relay, broker, database, reader",
+            "peak MB",
+            "lost, doubled, reordered",
+        ),
+        rows,
+    )
+
+
+def _drained(name: str, one: Result) -> list[str]:
+    return [
+        name,
+        f"{one['events_per_s']:,}",
+        " ".join(f"{rate:,}" for rate in one["rounds"]),
+        str(one["relay_cpu_us_per_event"]),
+        ", ".join(str(one["cpu_s"][process]) for process in ("relay", "broker", "database", "reader")),
+        str(one["relay_peak_mb"]),
+        f"{one['lost']}, {one['doubled']}, {one['reordered']}",
+    ]
+
+
+def _loads(result: Result) -> str:
+    processes = ("relay", "broker", "database", "writer", "reader")
+    rows = [
+        [
+            f"{load['events_per_s']:,}/s, {load['events_per_transaction']} a transaction",
+            name,
+            *(str(load[name][figure]) for figure in ("p50_ms", "p95_ms", "p99_ms", "max_ms")),
+            ", ".join(str(load[name]["cores"][process]) for process in processes),
+        ]
+        for load in result["loads"]
+        for name in ("relay", "naive")
+    ]
+    head = ("load", "", "p50 ms", "p95", "p99", "max", f"cores: {', '.join(processes)}")
+    return f"Latency, {result['seconds']:g} s of each load:\n\n" + table(head, rows)
+
+
+def _held(result: Result) -> str:
+    rounds = " ".join(f"{rate:,}" for rate in result["rounds"])
+    return (
+        f"Held snapshot, rounds of {result['events']:,} events, events/s: {rounds}; "
+        f"the table had {result['table_mb']} MB at the end.\n"
+    )
+
+
+def _write(result: Result) -> str:
+    figures = ("without_ms", "with_one_ms", "added_percent", "added_us", "with_100_ms", "us_per_event_of_100")
+    rows = [[f"`{way}`", *(str(one[figure]) for figure in figures)] for way, one in result["ways"].items()]
+    head = (
+        "a transaction by",
+        "without, ms",
+        "with an event, ms",
+        "added %",
+        "added µs",
+        "with 100, ms",
+        "µs an event of 100",
+    )
+    return f"Medians of {result['transactions']} transactions of each kind:\n\n" + table(head, rows)
+
+
+def _inbox(result: Result) -> str:
+    rows = [
+        [
+            f"`{way}`",
+            f"{one['events_per_s']:,}",
+            f"{one['known_events_per_s']:,}",
+            ", ".join(f"{process} {seconds}" for process, seconds in one["cpu_s"].items()),
+        ]
+        for way, one in result["ways"].items()
+    ]
+    head = ("claims by", "new events/s", "known events/s", "CPU s")
+    return f"Inbox, {result['events']:,} events in batches of {result['batch']}:\n\n" + table(head, rows)
+
+
+def _idle(result: Result) -> str:
+    shares = ", ".join(f"{name} {percent} %" for name, percent in result["percent_of_a_core"].items())
+    memory = ", ".join(f"{name} {peak} MB" for name, peak in result["peak_mb"].items())
+    return f"Idle for {result['seconds']:g} s, of a core: {shares}. Peak memory: {memory}.\n"
+
+
+@click.command()
+@click.argument("lines", type=click.File(encoding="utf-8"), default="-")
+def main(lines: TextIO) -> None:
+    """Print the tables of LINES, a file of `python -m benchmarks` output (default: stdin)."""
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    if not found:
+        raise click.UsageError("there is no JSON line in it: python -m benchmarks > results.jsonl")
+    click.echo(report({result["bench"]: result for result in found}), nl=False)
+
+
+if __name__ == "__main__":
+    main()

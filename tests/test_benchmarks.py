@@ -1,0 +1,159 @@
+"""The benchmarks' own arithmetic: a figure is worth what its computation is worth. Nothing is timed here."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import machine
+from benchmarks.__main__ import BENCHMARKS, chosen, flaws
+from benchmarks.figures import (
+    Mark,
+    Tally,
+    added,
+    arrival_times,
+    difference,
+    key_of,
+    percentile,
+    steady_rate,
+    summary,
+    tally,
+)
+from benchmarks.report import GOALS, main, report
+
+
+def arrivals(*numbers: int) -> list[tuple[int, bytes]]:
+    return [(number, key_of(number)) for number in numbers]
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0, 1), (0.5, 50), (0.95, 95), (0.99, 99), (0.991, 100), (1, 100)])
+def test_percentile_is_the_nearest_rank(share: float, expected: float) -> None:
+    assert percentile(range(100, 0, -1), share) == expected
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0, 1))
+def test_percentile_is_the_smallest_measured_value_that_the_share_does_not_exceed(
+    values: list[float], share: float
+) -> None:
+    found = percentile(values, share)
+    assert found in values
+    assert sum(value <= found for value in values) >= share * len(values)
+    assert sum(value < found for value in values) <= share * len(values)
+
+
+def test_percentile_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="of 0 values"):
+        percentile([], 0.5)
+
+
+def test_summary_is_in_milliseconds() -> None:
+    assert summary([0.001, 0.002]) == {"p50_ms": 1.0, "p95_ms": 2.0, "p99_ms": 2.0, "max_ms": 2.0}
+
+
+def test_whatever_comes_once_in_the_order_of_its_key_is_flawless() -> None:
+    assert tally(4, arrivals(3, 1, 4, 2)).flawless  # four keys: their order among each other says nothing
+
+
+def test_lost_events_are_counted() -> None:
+    assert tally(4, arrivals(1, 4)) == Tally(lost=2, doubled=0, reordered=0, strangers=0)
+
+
+def test_repeats_are_doubled_and_not_reordered() -> None:
+    assert tally(1_001, arrivals(*range(1, 1_002), 1, 1)) == Tally(lost=0, doubled=2, reordered=0, strangers=0)
+
+
+def test_an_event_behind_a_later_one_of_its_key_is_reordered() -> None:
+    assert tally(1_001, arrivals(*range(2, 1_002), 1)).reordered == 1
+    assert tally(3_001, arrivals(3_001, 1, 1_001, 2_001)).reordered == 3
+
+
+def test_what_was_never_written_is_a_stranger() -> None:
+    assert tally(2, [(1, key_of(1)), (2, b"key-1"), (3, key_of(3)), (0, key_of(0))]) == Tally(1, 0, 0, 3)
+
+
+@given(st.integers(1, 50), st.data())
+def test_every_arrival_is_counted_once(count: int, data: st.DataObject) -> None:
+    numbers = data.draw(st.lists(st.integers(-2, count + 2)))
+    found = tally(count, arrivals(*numbers))
+    assert count - found.lost + found.doubled + found.strangers == len(numbers)
+
+
+def test_tallies_add_up() -> None:
+    assert added([Tally(1, 2, 3, 4), Tally(10, 20, 30, 40)]) == Tally(11, 22, 33, 44)
+
+
+def test_steady_rate_leaves_out_the_first_chunk_and_what_came_behind_the_last_event() -> None:
+    marks = [Mark(100, 1_000_000_000), Mark(600, 2_000_000_000), Mark(1_100, 3_000_000_000), Mark(1_101, 9_000_000_000)]
+    assert steady_rate(1_100, marks) == 500
+
+
+def test_steady_rate_of_less_than_two_chunks_is_nothing() -> None:
+    assert steady_rate(10, []) == steady_rate(10, [Mark(10, 1)]) == 0
+
+
+def test_steady_rate_counts_what_came_when_some_were_lost() -> None:
+    assert steady_rate(1_000, [Mark(100, 0), Mark(600, 1_000_000_000)]) == 500
+
+
+def test_an_event_arrives_with_the_first_chunk_that_brings_it() -> None:
+    assert arrival_times([7, 8, 7, 9], [Mark(2, 10), Mark(4, 20)]) == {7: 10, 8: 10, 9: 20}
+
+
+def test_cpu_of_a_process_that_cannot_be_read_is_unknown() -> None:
+    assert difference({"relay": 1.0, "broker": None, "gone": 1.0}, {"relay": 1.5, "broker": 2.0}) == {
+        "relay": 0.5,
+        "broker": None,
+        "gone": None,
+    }
+    assert machine.cpu_seconds(None) is None
+
+
+def test_only_chooses_benchmarks_and_refuses_unknown_names() -> None:
+    assert chosen("latency, relay") == ["relay", "latency"]
+    assert chosen("") == list(BENCHMARKS)
+    with pytest.raises(Exception, match=r"no benchmark layency\. There are: write"):
+        chosen("layency,relay")
+
+
+def test_flaws_of_ours_are_found_anywhere_and_those_of_the_naive_relay_are_not_ours() -> None:
+    ours, naive = asdict(Tally(1, 0, 0, 0)), asdict(Tally(0, 5, 0, 0))
+    assert flaws({"lost": 0, "naive": naive}) == 0
+    assert flaws({"loads": [{"relay": ours, "naive": naive}, {"relay": ours}]}) == 2
+
+
+RESULTS: list[dict[str, Any]] = [
+    {
+        "bench": "held-snapshot",
+        "events": 1_000,
+        "rounds": [200_000, 100_000],
+        "last_to_first": 0.5,
+        "table_mb": 12.5,
+        "host": {"cores": 2, "cpu": "Z80", "memory_gb": 1, "system": "CP/M", "load": 0.1},
+        "versions": {"python": "3.11"},
+        "settings": {"fsync": "on"},
+        "commit": "abc",
+        "at": "2026-01-01",
+    }
+]
+
+
+def test_the_report_names_every_goal_and_what_was_missed() -> None:
+    text = report({result["bench"]: result for result in RESULTS})
+    assert "| held snapshot: last round to first | 0.5 | ≥ 0.8 | missed |" in text
+    assert text.count("not measured") == len(GOALS) - 1
+    assert "200,000 100,000" in text
+
+
+def test_the_report_reads_a_file_of_lines(tmp_path: Path) -> None:
+    lines = tmp_path / "results.jsonl"
+    lines.write_text("\n".join(json.dumps(result) for result in RESULTS))
+    done = CliRunner().invoke(main, [str(lines)])
+    assert done.exit_code == 0
+    assert "Z80" in done.output
+    lines.write_text("nothing\n")
+    assert "no JSON line" in CliRunner().invoke(main, [str(lines)]).output

@@ -10,6 +10,7 @@
     │   └── SchemaError         an .avsc that cannot be used
     ├── MigrationError          the tables are missing, older, or newer than this code knows
     └── DecodeError             bytes from Kafka that no known schema reads
+        └── InvalidMessage         a message whose event has no usable id
 
 Every message says what happened, to what, and what to do about it. No message holds a whole payload: a wrong value is
 shown shortened.
@@ -54,3 +55,7 @@ class MigrationError(OutboxError):
 
 class DecodeError(OutboxError):
     """Bytes that no known schema reads; the message says what was found instead of a single-object frame."""
+
+
+class InvalidMessage(DecodeError):  # noqa: N818 - its base says Error, its name says which one
+    """A message without a usable id: no header `ce_id`, or one that is no uuid. Names topic, partition and offset."""

@@ -1,0 +1,40 @@
+"""Transactional outbox and inbox: events from a database transaction into Kafka, exactly once, in the order of their key."""
+
+from outbox.catalogue import Catalogue, TypedEvent
+from outbox.errors import (
+    DecodeError,
+    EventError,
+    EventTooLarge,
+    InvalidEvent,
+    InvalidMessage,
+    MigrationError,
+    OutboxError,
+    SchemaError,
+    TransactionError,
+    UnknownEventType,
+    UsageError,
+)
+from outbox.inbox import Inbox
+from outbox.message import Event, Message, uuid7
+from outbox.writer import Outbox
+
+__all__ = [
+    "Catalogue",
+    "DecodeError",
+    "Event",
+    "EventError",
+    "EventTooLarge",
+    "Inbox",
+    "InvalidEvent",
+    "InvalidMessage",
+    "Message",
+    "MigrationError",
+    "Outbox",
+    "OutboxError",
+    "SchemaError",
+    "TransactionError",
+    "TypedEvent",
+    "UnknownEventType",
+    "UsageError",
+    "uuid7",
+]

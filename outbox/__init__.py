@@ -1,4 +1,4 @@
-"""Transactional outbox and inbox: events from a database transaction into Kafka, exactly once, in the order of their key."""
+"""Transactional outbox and inbox: events from a database transaction into Kafka, exactly once and in key order."""
 
 from outbox.catalogue import Catalogue, TypedEvent
 from outbox.errors import (

@@ -259,6 +259,7 @@ class _Cycle:
         try:
             while not self._stopping.is_set():
                 self._raise_failure()
+                await self._room()
                 fetched = await self._fetch()
                 if fetched is None:
                     await self._rest()
@@ -273,6 +274,11 @@ class _Cycle:
             if finishing.delete.done():
                 finishing.delete.result()
 
+    async def _room(self) -> None:
+        """Wait until the lane has room for another batch: a slow delete may hold up three of them."""
+        while not self._lane.may_fetch():
+            await self._finishing[self._lane.batch + 1].delete
+
     # ---- step 5 ------------------------------------------------------------------------------------------------------
 
     async def _fetch(self) -> _Fetched | None:
@@ -284,7 +290,7 @@ class _Cycle:
         )
         shared.failpoint.done(Step.FETCH)
         fetched = self._cut(rows) if rows else None
-        await self._raise_floor(fetched, limit, len(rows))
+        await self._raise_floor(fetched, rows, limit)
         return fetched
 
     def _cut(self, rows: list[Any]) -> _Fetched:
@@ -301,21 +307,22 @@ class _Cycle:
             rows = rows[:count]
         return _Fetched(number, rows, progress, metadata, parked)
 
-    async def _raise_floor(self, fetched: _Fetched | None, limit: int, rows: int) -> None:
+    async def _raise_floor(self, fetched: _Fetched | None, rows: list[Any], limit: int) -> None:
         """Note the fetch, and read the holders of the table when that can move the floor."""
         if fetched is None:
             self._floor.fetched(0, complete=True)
         else:
             last = max(fetched.rows[-1][0] if fetched.rows else 0, max(fetched.parked, default=0))
-            complete = rows < limit and len(fetched.rows) + len(fetched.parked) == rows and not self._full(fetched.rows)
+            taken = len(fetched.rows) + len(fetched.parked)
+            complete = taken == len(rows) < limit and not self._full(rows)
             self._floor.fetched(last, complete)
         now = time.monotonic()
-        if self._floor.due() and (rows >= AHEAD_ROWS or now - self._floor_read >= FLOOR_SECONDS):
+        if self._floor.due() and (len(rows) >= AHEAD_ROWS or now - self._floor_read >= FLOOR_SECONDS):
             self._floor.read(await self._shared.queries.holders(self._reading))
             self._floor_read = now
 
     def _full(self, rows: list[Any]) -> bool:
-        """The database may have cut the batch off by its bytes."""
+        """The database may have cut the rows off by their bytes, those to park included."""
         return sum(len(row[5] or b"") for row in rows) >= self._shared.config.batch_bytes
 
     # ---- step 6 ------------------------------------------------------------------------------------------------------
@@ -326,7 +333,9 @@ class _Cycle:
         number = fetched.number
         self._lane = self._lane.fetched(fetched.progress.runs)
         if number - PRODUCERS in self._finishing:
-            await self._finishing[number - PRODUCERS].commit
+            suspicious = await self._finishing[number - PRODUCERS].commit
+            if suspicious is not None:  # its delayed EndTxn could end the transaction that would begin now
+                raise Recycle(suspicious)
         with self._noting_refusal(fetched):
             await self._produce(fetched)
             await self._shared.thread(self._kafka.flush, number)
@@ -401,11 +410,11 @@ class _Cycle:
         if not moved:
             raise LaneLost(f"lane {self._number} was taken by another relay: it is not at batch {number - 1} any more")
         self._lane = self._lane.deleted(number)
-        del self._finishing[number]
         self._shared.failpoint.done(Step.DELETE)
         log.debug("batch published", lane=self._number, batch=number, events=len(fetched.rows))
-        if suspicious is not None:
+        if suspicious is not None:  # stays in `_finishing`, where whoever comes next finds it
             raise Recycle(suspicious)
+        del self._finishing[number]
 
     # ---- between batches ---------------------------------------------------------------------------------------------
 

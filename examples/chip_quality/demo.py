@@ -1,0 +1,333 @@
+"""`make demo`: the whole way on real servers, with faults, and a comparison of what is there with what must be there.
+
+Four writers work on one database (writers.py), two relays publish, analytics counts. Meanwhile:
+
+    1  the relay that holds the lane is killed with -9 while rows are under way
+    2  the relay that holds the lane is stopped (SIGSTOP) for longer than its lease, and wakes up as a zombie
+    3  analytics is killed with -9 while its offsets in Kafka are behind its database
+
+Then all is stopped in order, and what was committed (ledger.py) is compared with what an independent reader finds in
+Kafka and in analytics' tables (reader.py). Exit status 0: no event lost, doubled, out of order, altered or published
+without being committed, every effect taken exactly once, and each fault was one. Anything else is 1.
+"""
+
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+from uuid import UUID
+
+from rich.console import Console
+from sqlalchemy import create_engine, make_url
+
+from examples.chip_quality import analytics, inspection, ledger, reader
+from examples.chip_quality.screen import Check, Screen, print_table
+from examples.chip_quality.stage import Cast, Child, Lane, Watch
+from outbox.migrate import migrate
+from tests.servers import Kafka, Postgres, ServerError, running
+from tests.servers.process import make_folder, remove_folder
+
+TOPICS = [*analytics.TOPICS, "chip-quality.manufacturing.events"]
+PARTITIONS = 3
+WRITERS = 4
+
+SLOW_SECONDS = 6.0
+"""How long the slow transaction keeps its event uncommitted."""
+
+LEASE_SECONDS = 3.0
+"""Of the relays; their default, set all the same, because the zombie must sleep for longer."""
+
+WRITE_SECONDS = 16.0
+"""The writers write at least so long, and until the last fault is over."""
+
+ATTEMPTS = 5
+"""A fault that met nothing under way is none: it is made again, so often at most."""
+
+T = TypeVar("T")
+
+
+class Failed(Exception):  # noqa: N818 -- named for what happened
+    """The demo cannot go on; says what did not happen."""
+
+
+@dataclass(slots=True)
+class Play:
+    """The faults, one after the other, while the writers write. Each leaves a line that says what it met."""
+
+    cast: Cast
+    watch: Watch
+    screen: Screen
+    faults: list[Check] = field(default_factory=list)
+    _shown: float = 0.0
+
+    def run(self) -> None:
+        """From the first event to the end of the last process; raises Failed when something does not come about."""
+        begun = time.monotonic()
+        self._until(lambda: self.watch.lane().batch > 5 and self.watch.counted() > 100, 20, "events flow")
+        self.screen.say("events flow from the service's tables to those of analytics")
+        self._fault("owner of the lane killed -9: rows under way", self._kill_owner)
+        self._fault("owner of the lane asleep past its lease, then a zombie: rows under way", self._stop_owner)
+        self._fault("analytics killed -9: events that came to it again", self._kill_analytics)
+        self._until(lambda: time.monotonic() - begun > WRITE_SECONDS, WRITE_SECONDS + 1, "time passes")
+        self._finish()
+
+    # ---- faults ------------------------------------------------------------------------------------------------------
+
+    def _fault(self, what: str, make: Callable[[], int]) -> None:
+        """`make` gives the size of what it met; nothing: it is made again."""
+        met = 0
+        for _ in range(ATTEMPTS):
+            if met := make():
+                break
+        self.faults.append(Check(what, f"{met:,}", met > 0))
+
+    def _kill_owner(self) -> int:
+        relay, owner, under_way = self._owner_at_work()
+        relay.kill()
+        left, after = under_way & self.watch.front(), self.watch.lane()
+        successor, seconds = self._taken_over(after)
+        relay.start()
+        self.screen.say(
+            f"{relay.name}, which held the lane, killed -9 at batch {after.batch:,} with {len(left)} rows under way;"
+            f" {successor.name} took over {seconds:.1f} s later; {relay.name} started again"
+        )
+        return len(left) if after.owner == owner.owner else 0
+
+    def _stop_owner(self) -> int:
+        relay, owner, under_way = self._owner_at_work()
+        with relay.asleep() as log_size:
+            begun = time.monotonic()
+            left, after = under_way & self.watch.front(), self.watch.lane()
+            successor, _ = self._taken_over(after)
+            self._until(lambda: time.monotonic() - begun > LEASE_SECONDS * 1.5, 10, "the lease is long over")
+            slept, now = time.monotonic() - begun, self.watch.lane()
+        self._until(lambda: _lost_its_lane(relay, log_size), 15, f"{relay.name} sees that it has lost the lane")
+        self.screen.say(
+            f"{relay.name}, which held the lane, asleep for {slept:.1f} s (lease {LEASE_SECONDS:g} s) with {len(left)}"
+            f" rows under way; {successor.name} took over; the zombie woke up and gave up"
+        )
+        return len(left) if after.owner == owner.owner != now.owner else 0
+
+    def _kill_analytics(self) -> int:
+        consumer = self.cast.analytics
+        before = self.watch.counted()
+        self._until(lambda: self.watch.counted() > before, 10, "analytics counts", pause=0.002)
+        consumer.kill()
+        counted = self.watch.counted()
+        consumer.start()
+        self._until(lambda: self.watch.counted() > counted + 50, 15, "analytics goes on")
+        again = _came_again(consumer.events())
+        self.screen.say(f"analytics killed -9 after {counted:,} events, started again; {again} events came to it again")
+        return again
+
+    def _owner_at_work(self) -> tuple[Child, Lane, set[int]]:
+        """The relay that holds the lane, and the rows that wait before it."""
+
+        def look() -> tuple[Child, Lane, set[int]] | None:
+            lane, front = self.watch.lane(), self.watch.front()
+            relay = self.cast.relay_with(lane.pid)
+            return (relay, lane, front) if relay and front else None
+
+        moving = self.watch.lane().batch
+        self._until(lambda: self.watch.lane().batch > moving, 10, "the lane's owner publishes")
+        return self._until(look, 10, "the lane has an owner and rows", pause=0.001)
+
+    def _taken_over(self, before: Lane) -> tuple[Child, float]:
+        """The other relay that holds the lane and has finished a batch, and the seconds that this took."""
+
+        def look() -> Child | None:
+            lane = self.watch.lane()
+            moved = lane.owner not in (None, before.owner) and lane.batch > before.batch
+            return self.cast.relay_with(lane.pid) if moved else None
+
+        begun = time.monotonic()
+        return self._until(look, 20, "another relay takes the lane and publishes"), time.monotonic() - begun
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Stops the writers, lets everything be published and counted, stops the rest."""
+        _stop(self.cast.writers)
+        self.screen.say("the writers have stopped")
+        self._until(lambda: self.watch.waiting() == 0, 20, "the outbox is empty")
+        expected = self.watch.committed(analytics.TOPICS)
+        self._until(lambda: self.watch.counted() >= expected, 20, f"analytics has counted {expected:,} events")
+        _stop([*self.cast.relays, self.cast.analytics])
+        self.screen.show(self.watch.figures(self.cast))
+        self.screen.say("the relays and analytics have stopped")
+
+    def _until(self, condition: Callable[[], T | None], seconds: float, what: str, pause: float = 0.02) -> T:
+        """What `condition` gives once it is something; raises Failed when `seconds` pass or a process has ended."""
+        deadline = time.monotonic() + seconds
+        while not (found := condition()):
+            self._look_after()
+            if time.monotonic() > deadline:
+                raise Failed(f"not within {seconds:g} s: {what}")
+            time.sleep(pause)
+        return found
+
+    def _look_after(self) -> None:
+        if time.monotonic() - self._shown > 0.25:
+            self._shown = time.monotonic()
+            self.screen.show(self.watch.figures(self.cast))
+        for child in self.cast.all:
+            if child.status is None and not child.alive:
+                raise Failed(f"{child.name} has ended by itself; it said last:\n{child.tail(15)}")
+
+
+def _stop(children: Iterable[Child]) -> None:
+    for child in children:
+        child.stop()
+
+
+def _lost_its_lane(relay: Child, log_size: int) -> bool:
+    return any(event.get("event") == "lane lost" for event in relay.events(since=log_size))
+
+
+def _came_again(events: Iterable[dict[str, int]]) -> int:
+    return sum(event["received"] - event["new"] for event in events if "received" in event)
+
+
+# ---- before and after the play ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the play is given: the databases, Kafka, a folder for the logs."""
+
+    service_url: str
+    analytics_url: str
+    bootstrap: str
+    folder: Path
+
+
+def prepare(postgres: Postgres, kafka: Kafka, folder: Path) -> Place:
+    """Databases, tables and topics."""
+    service_url, analytics_url = postgres.create_database("chip_quality"), postgres.create_database("analytics")
+    migrate(service_url)
+    migrate(analytics_url)
+    engine = create_engine(make_url(service_url).set(drivername="postgresql+psycopg"))
+    for base in (inspection.Base, ledger.Base):
+        base.metadata.create_all(engine)
+    engine.dispose()
+    for topic in TOPICS:
+        kafka.create_topic(topic, PARTITIONS)
+    return Place(service_url, analytics_url, kafka.bootstrap, folder)
+
+
+def engage(place: Place) -> Cast:
+    """The processes, not started yet."""
+    service = {"OUTBOX_DATABASE_URL": place.service_url}
+    relay = {**service, "OUTBOX_KAFKA_BOOTSTRAP_SERVERS": place.bootstrap, "OUTBOX_LEASE": str(LEASE_SECONDS)}
+    consumer = {"ANALYTICS_DATABASE_URL": place.analytics_url, "KAFKA_BOOTSTRAP_SERVERS": place.bootstrap}
+
+    def child(name: str, module: str, environment: dict[str, str], *arguments: str | Path) -> Child:
+        return Child(name, module, *arguments, folder=place.folder, environment=environment)
+
+    def writer(number: int) -> Child:
+        slow = SLOW_SECONDS if number == 1 else 0
+        file = place.folder / f"rolled-back-{number}"
+        options = ("--seed", str(number), "--slow", str(slow))
+        return child(f"writer-{number}", "examples.chip_quality.writers", service, file, *options)
+
+    return Cast(
+        writers=[writer(number) for number in range(1, WRITERS + 1)],
+        relays=[child(f"relay-{letter}", "relay", relay, "run") for letter in "ab"],
+        analytics=child("analytics", "examples.chip_quality.analytics", consumer),
+    )
+
+
+def verdict(place: Place, cast: Cast, seconds: float) -> tuple[list[Check], list[str]]:
+    """The lines of the table but for the faults, and a few examples of whatever is wrong."""
+    entries, rolled_back = reader.read_entries(place.service_url), reader.read_rolled_back(place.folder)
+    records = reader.read_topics(place.bootstrap, TOPICS)
+    aborted = reader.count_aborted(place.bootstrap, TOPICS, len(records))
+    expected, found = ledger.effects(entries), reader.read_effects(place.analytics_url)
+    findings = ledger.compare(entries, records, rolled_back)
+    findings.effects = ledger.compare_effects(expected, found)
+    unclean = [child for child in cast.all if child.status != 0]
+    checks = [
+        Check("events committed (the ledger)", f"{len(entries):,}", len(entries) > 0),
+        Check("events rolled back", f"{len(rolled_back):,}", len(rolled_back) > 0),
+        Check("events in Kafka (read_committed, from the start)", f"{len(records):,}", len(records) == len(entries)),
+        Check("records of aborted transactions, which no reader sees", f"{aborted:,}"),
+        *(Check(what, f"{len(ids):,}", not ids) for what, ids in _kinds(findings)),
+        Check("rows in the tables of analytics", f"{len(found):,}", len(found) > 0),
+        Check("of which wrong", f"{len(findings.effects):,}", not findings.effects),
+        Check("processes that did not stop cleanly", str(len(unclean)), not unclean),
+        Check("seconds", f"{seconds:.1f}"),
+    ]
+    details = [f"{what}: {', '.join(map(str, ids[:5]))}" for what, ids in _kinds(findings) if ids]
+    details += [f"wrong effect: {line}" for line in findings.effects[:5]]
+    details += [f"{child.name} ended with status {child.status}" for child in unclean]
+    return checks, details
+
+
+def _kinds(findings: ledger.Findings) -> list[tuple[str, list[UUID]]]:
+    return [
+        ("lost", findings.lost),
+        ("doubled", findings.doubled),
+        ("out of order", findings.out_of_order),
+        ("published, never committed", findings.never_committed),
+        ("altered", findings.altered),
+    ]
+
+
+def play(console: Console, stack: ExitStack, folder: Path) -> bool:
+    """Everything; whether all is right. What it started is ended by `stack`."""
+    console.print("Starting PostgreSQL and Kafka (the first time, their parts are downloaded) …")
+    postgres, kafka = Postgres(fsync=True), Kafka()
+    begun = time.monotonic()
+    stack.enter_context(running(postgres, kafka))
+    console.print(f"… ready after {time.monotonic() - begun:.1f} s")
+    screen = stack.enter_context(Screen(console))
+    place = prepare(postgres, kafka, folder)
+    cast = engage(place)
+    watch = Watch(place.service_url, place.analytics_url)
+    stack.callback(watch.close)
+    for child in cast.all:
+        stack.callback(child.kill)
+        child.start()
+    acts = Play(cast, watch, screen)
+    acts.run()
+    checks, details = verdict(place, cast, screen.seconds)
+    screen.close()
+    checks[-1:-1] = acts.faults
+    print_table(console, checks, details)
+    return all(check.right is not False for check in checks)
+
+
+def main() -> int:
+    """The exit status: 0 all right, 1 not, 130 interrupted. Leaves nothing behind but the logs of a failure."""
+    console = Console()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    folder = make_folder("demo")
+    right = False
+    try:
+        with ExitStack() as stack:
+            right = play(console, stack, folder)
+    except KeyboardInterrupt:
+        console.print("stopped; nothing was compared")
+        right = True
+        return 130
+    except (Failed, reader.ReadTimeout, ServerError) as error:
+        console.print(f"[bold red]The demo failed:[/] {error}", highlight=False, soft_wrap=True)
+    finally:
+        if not right:
+            console.print(f"The logs are in {_keep(folder)}", soft_wrap=True)
+        remove_folder(folder)
+    return 0 if right else 1
+
+
+def _keep(folder: Path) -> Path:
+    return Path(shutil.copytree(folder, Path(tempfile.mkdtemp(prefix="kafka-outbox-demo-failed-")), dirs_exist_ok=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,8 +12,8 @@ those holders, and what it commits is seen by the next fetch.
 from collections.abc import Collection
 
 PREPARED = "-1/"
-"""How `pg_locks.virtualtransaction` starts for a prepared transaction: PREPARE TRANSACTION gives a writer a new
-name."""
+"""How `pg_locks.virtualtransaction` starts for a prepared transaction with a new name. PREPARE TRANSACTION keeps the
+writer's name since PostgreSQL 14.1 (seen on 15); older servers, and every restart, replace it by -1/<xid>."""
 
 
 class Floor:

@@ -233,13 +233,17 @@ def _alembic(module: str) -> Any:
     return getattr(alembic, module)
 
 
-def _config(settings: Settings, output: io.StringIO | None = None) -> "Config":
-    """Alembic's configuration, without a file: a checkout's migrations/, or the wheel's outbox/_migrations."""
-    config: Config = _alembic("config").Config(output_buffer=output)
+def _folder() -> Path:
+    """A checkout's migrations/, or the wheel's outbox/_migrations."""
     here = Path(__file__).parent
     shipped = here / "_migrations"
-    folder = shipped if shipped.is_dir() else here.parent / "migrations"
-    config.set_main_option("script_location", str(folder).replace("%", "%%"))
+    return shipped if shipped.is_dir() else here.parent / "migrations"
+
+
+def _config(settings: Settings, output: io.StringIO | None = None) -> "Config":
+    """Alembic's configuration, without a file."""
+    config: Config = _alembic("config").Config(output_buffer=output)
+    config.set_main_option("script_location", str(_folder()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.attributes["settings"] = settings
     return config

@@ -1,6 +1,7 @@
 """The three doors to the revisions: the same catalogue and mark behind each, and clear refusals in front of them."""
 
 import io
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from click.testing import CliRunner
@@ -153,6 +156,60 @@ def test_a_role_without_the_right_to_make_schemas_migrates_into_one_made_for_it(
         with engine_of(url).begin() as connection:
             connection.execute(sa.text("DROP SCHEMA outbox CASCADE"))
             connection.execute(sa.text(f"DROP ROLE {role}"))
+
+
+SECOND = """
+from alembic import op
+from outbox.migrate import settings_of
+revision, down_revision, branch_labels, depends_on = "0002", "0001", None, None
+def upgrade():
+    for statement in statements(settings_of(op)):
+        op.execute(statement)
+def statements(settings):
+    return [f"ALTER TABLE {settings.quoted_schema}.relay ADD COLUMN note text"]
+"""
+
+
+@pytest.fixture
+def next_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From its call on, the code is one revision further."""
+
+    def release() -> None:
+        folder = Path(shutil.copytree("migrations", tmp_path / "migrations"))
+        (folder / "versions" / "0002_more.py").write_text(SECOND)
+        monkeypatch.setattr(doors, "_folder", lambda: folder)
+        monkeypatch.setattr(doors, "HEAD", "0002")
+
+    return release
+
+
+@pytest.mark.parametrize("first", [by_migrate, by_host])
+@pytest.mark.parametrize("then", ["migrate", "host"])
+def test_the_next_revision_follows_through_any_door(
+    url: str, next_release: Callable[[], None], first: Callable[[str, str, int], None], then: str
+) -> None:
+    first(url, "outbox", 1)
+    next_release()
+    with pytest.raises(MigrationError, match="version 0001, this code needs 0002"):
+        check_version("0001")
+    if then == "migrate":
+        migrate(url)
+    else:
+        with engine_of(url).begin() as connection:
+            upgrade_to(host(connection), "0001")  # of the host's older revision: nothing to do
+            upgrade_to(host(connection), "0002")
+            upgrade_to(host(connection), "0001")  # a database that was migrated by hand in between
+    assert rows(url, "SELECT version_num FROM outbox.alembic_version") == [("0002",)]
+    assert rows(url, "SELECT note FROM outbox.relay") == []
+
+
+def test_the_template_of_a_new_revision_renders(postgres: Postgres, tmp_path: Path) -> None:
+    shutil.copytree("migrations", tmp_path / "migrations")
+    config = Config()
+    config.set_main_option("script_location", str(tmp_path / "migrations"))
+    command.revision(config, message="more", rev_id="0002")
+    (made,) = (tmp_path / "migrations" / "versions").glob("0002*.py")
+    compile(made.read_text(), made, "exec")
 
 
 # --- Refusals ---

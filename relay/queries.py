@@ -192,12 +192,12 @@ class Queries:
 
         At most `rows` rows, and no more after the values reach `size` bytes (one row at least): the sum is made by the
         database before a value is read. Columns: seq, id (text), type, topic, key, value, fingerprint, headers (JSON
-        text), created (ms since 1970).
+        text), created (ms since 1970, null for an infinite one).
         """
         return await db.fetch(  # type: ignore[no-any-return]
             f"""
             SELECT seq, id::text, type, topic, key, value, fingerprint, headers::text,
-                   (date_part('epoch', created_at) * 1000)::bigint AS created
+                   CASE WHEN isfinite(created_at) THEN (date_part('epoch', created_at) * 1000)::bigint END AS created
               FROM (SELECT *, sum(octet_length(value)) OVER (
                                   ORDER BY seq ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
                       FROM {self._schema}.outbox
@@ -271,7 +271,7 @@ class Queries:
             dead AS (
                 INSERT INTO {self._schema}.dead_event AS d
                        (id, lane, seq, type, topic, key, value, fingerprint, headers, created_at, error, attempts)
-                SELECT moved.*, 1 FROM moved
+                SELECT DISTINCT ON (id) moved.*, 1 FROM moved ORDER BY id, seq -- written twice is dead once
                 ON CONFLICT (id) DO UPDATE SET error = excluded.error, attempts = d.attempts + 1)
             SELECT count(*) = 1 FROM own
             """,

@@ -8,7 +8,9 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
-Header = tuple[str, bytes]
+from relay.errors import EventRefused
+
+Header = tuple[str, bytes | None]
 
 _SPEC: Header = ("ce_specversion", b"1.0")
 _AVRO: Header = ("content-type", b"application/avro")
@@ -29,6 +31,9 @@ class Records:
         Key: the row's, in UTF-8. Value: C3 01, the fingerprint, the Avro bytes; without a fingerprint the row's bytes
         as they are; null for a tombstone. Headers: ce_specversion, ce_id, ce_type, ce_source, content-type, then the
         row's own. Timestamp: created_at.
+
+        Raises:
+            EventRefused: headers or created_at of a row cannot be said in Kafka.
         """
         source, types, frames = self._source, self._types, self._frames
         for _seq, id_, type_, topic, key, value, fingerprint, own, created in rows:
@@ -40,7 +45,9 @@ class Records:
                 if value is not None:
                     value = (frames.get(fingerprint) or self._frame(fingerprint)) + value
             if own is not None:
-                headers += [(name, text.encode()) for name, text in json.loads(own).items()]
+                headers += _own(id_, own)
+            if created is None or created < 0:
+                raise EventRefused(f"event {id_} was created at no moment that Kafka can tell")
             produce(topic, value, key, -1, None, None, created, headers)
 
     def _type(self, type_: str) -> Header:
@@ -50,3 +57,11 @@ class Records:
     def _frame(self, fingerprint: int) -> bytes:
         frame = self._frames[fingerprint] = _MAGIC + fingerprint.to_bytes(8, "little", signed=True)
         return frame
+
+
+def _own(id_: str, headers: str) -> list[Header]:
+    """A row's own headers. Any language may have written them: whatever JSON it is, the lane must not stand still."""
+    own = json.loads(headers)
+    if not isinstance(own, dict) or not all(text is None or isinstance(text, str) for text in own.values()):
+        raise EventRefused(f"the headers of event {id_} are no JSON object whose values are texts or null")
+    return [(name, None if text is None else text.encode()) for name, text in own.items()]

@@ -1,6 +1,7 @@
 """The relay's settings: one frozen object, made from the environment and a TOML file, refused at construction when it
 contradicts itself."""
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -46,6 +47,10 @@ KAFKA_DEFAULTS: Mapping[str, str | int | float | bool] = {
     "socket.nagle.disable": True,
     "queue.buffering.max.messages": 1_000_000,
     "transaction.timeout.ms": 15_000,
+    # So long a topic may be unknown before its events are refused. By default 30 s: longer than a transaction may take.
+    "topic.metadata.propagation.max.ms": 10_000,
+    # What a broker takes by default, which is more than the client's default: the broker shall be the one to refuse.
+    "message.max.bytes": 1_048_588,
 }
 
 
@@ -99,8 +104,8 @@ class RelayConfig:
         self._check_kafka()
         positive = ("batch_rows", "batch_bytes", "lease", "poll_shortest", "poll_longest", "keepalive")
         for name in (*positive, "database_timeout", "kafka_timeout", "drain_timeout"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{_named(name)} is {getattr(self, name)}: it must be greater than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{_named(name)} is {getattr(self, name)}: it must be greater than 0, and finite")
         if self.poll_shortest > self.poll_longest:
             raise ConfigError(
                 f"{_named('poll_shortest')} ({self.poll_shortest} s) is longer than "
@@ -110,18 +115,21 @@ class RelayConfig:
             raise ConfigError(
                 f"{_named('lease')} is {self.lease} s: a lease is renewed three times in its time, 1 s is the least"
             )
-        if self.batch_rows * 2 > int(
-            self.kafka.get("queue.buffering.max.messages", KAFKA_DEFAULTS["queue.buffering.max.messages"])
-        ):
+        queue = self._kafka_number("queue.buffering.max.messages")
+        if queue and self.batch_rows * 2 > queue:  # 0: no limit
             raise ConfigError(
                 f"{_named('batch_rows')} is {self.batch_rows}: the Kafka client's queue "
-                "(queue.buffering.max.messages) must hold twice that"
+                f"(queue.buffering.max.messages, {queue}) must hold twice that"
             )
+        self._check_patience()
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"{_named('log_level')} is {self.log_level!r}: use debug, info, warning or error")
 
     def _check_database_url(self) -> None:
-        scheme = urlsplit(self.database_url).scheme
+        try:
+            scheme = urlsplit(self.database_url).scheme
+        except ValueError as error:
+            raise ConfigError(f"{_named('database_url')} cannot be read: {error}") from error
         if scheme not in ("postgresql", "postgres"):
             raise ConfigError(
                 f"{_named('database_url')} starts with {scheme!r}: it must be a postgresql:// URL, such as "
@@ -134,6 +142,23 @@ class RelayConfig:
         for name, reason in KAFKA_GUARANTEE.items():
             if name in self.kafka:
                 raise ConfigError(f"the Kafka setting {name} cannot be changed: {reason}. Remove it")
+
+    def _kafka_number(self, name: str) -> int:
+        value = self.kafka.get(name, KAFKA_DEFAULTS[name])
+        try:
+            return int(value)
+        except (ValueError, OverflowError) as error:
+            raise ConfigError(f"the Kafka setting {name} is {value!r}: it must be a whole number") from error
+
+    def _check_patience(self) -> None:
+        """A topic that does not exist must be found out before a transaction, or a call, gives up for lack of time."""
+        topic = self._kafka_number("topic.metadata.propagation.max.ms")
+        transaction = self._kafka_number("transaction.timeout.ms")
+        if topic >= min(transaction, self.kafka_timeout * 1000):
+            raise ConfigError(
+                f"the Kafka setting topic.metadata.propagation.max.ms ({topic} ms) must be shorter than "
+                f"transaction.timeout.ms ({transaction} ms) and {_named('kafka_timeout')} ({self.kafka_timeout:g} s)"
+            )
 
     def producer(self) -> dict[str, Any]:
         """librdkafka settings of a producer, without its transactional.id."""
@@ -177,7 +202,7 @@ def load(environ: Mapping[str, str] = os.environ, path: Path | None = None) -> R
     settings = _from_file(path) if path else {}
     kafka = dict(settings.pop("kafka", {}))
     for name, text in environ.items():
-        if name.startswith(KAFKA_PREFIX):
+        if name.startswith(KAFKA_PREFIX) and name[len(PREFIX) :].lower() not in _field_names():
             kafka[name[len(KAFKA_PREFIX) :].lower().replace("_", ".")] = text
         elif name.startswith(PREFIX) and name not in _NOT_SETTINGS and not name.startswith(_TEST_PREFIX):
             settings[_known(name[len(PREFIX) :].lower(), name)] = text
@@ -215,8 +240,12 @@ def _from_file(path: Path) -> dict[str, Any]:
     return {name if name == "kafka" else _known(name, f"{name} in {path}"): value for name, value in settings.items()}
 
 
+def _field_names() -> list[str]:
+    return [f.name for f in fields(RelayConfig) if f.name != "kafka"]
+
+
 def _known(name: str, where: str) -> str:
-    names = [f.name for f in fields(RelayConfig) if f.name != "kafka"]
+    names = _field_names()
     if name in names:
         return name
     near = get_close_matches(name, names, 1)

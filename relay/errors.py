@@ -13,11 +13,14 @@
         ├── Recycle        the connection was suspicious while a transaction was under way: new producers are due
         ├── KafkaTrouble   Kafka is away, slow, or refused something that is no event's fault
         ├── DatabaseTrouble  the same of the database
-        └── EventRefused   Kafka refuses an event for good
+        ├── EventRefused   Kafka refuses an event for good
+        └── Undelivered    records were not delivered, why is not known yet
 
 Nothing in this tree says "not committed": what an exception leaves in doubt is read back from Kafka (docs/design.md,
 "The lane protocol").
 """
+
+from collections.abc import Mapping
 
 
 class RelayError(Exception):
@@ -65,4 +68,15 @@ class DatabaseTrouble(LaneTrouble):
 
 
 class EventRefused(LaneTrouble):
-    """Kafka refuses an event for good: too large, topic unknown or forbidden, record invalid."""
+    """Kafka refuses an event for good: too large, topic unknown or forbidden, record invalid.
+
+    `events`: which ones of the batch, by their place in it, and why. Empty: one of them, it is not known which.
+    """
+
+    def __init__(self, words: str, events: Mapping[int, str] | None = None) -> None:
+        super().__init__(words)
+        self.events = events or {}
+
+
+class Undelivered(LaneTrouble):
+    """Records were not delivered, and the client does not say why unless it is asked for each of them."""

@@ -1,7 +1,7 @@
 """Which events of a lane are parked: those that Kafka refuses for good, and later ones of their key (docs/design.md,
 "Poison"). No I/O."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -17,6 +17,8 @@ class Quarantine:
         self._most = rows
         self.rows = rows
         """How many rows the next batch may take."""
+        self.closely = False
+        """Whether the client should be asked about each record, which costs, or only about failed batches."""
         self._condemned: dict[int, str] = {}
         self._held: set[tuple[str, str]] = set()
 
@@ -29,15 +31,19 @@ class Quarantine:
         """Set the (topic, key) pairs whose events wait behind a parked one."""
         self._held = keys
 
-    def refused(self, seqs: Sequence[int], words: str) -> None:
-        """Kafka refused the batch of `seqs`."""
-        if len(seqs) == 1:
+    def refused(self, seqs: Sequence[int], words: str, events: Mapping[int, str]) -> None:
+        """Kafka refused the batch of `seqs` because of those `events` of it, by place, or one of them when empty."""
+        self.closely = True
+        if events:
+            self._condemned.update((seqs[place], why) for place, why in events.items())
+        elif len(seqs) == 1:
             self._condemned[seqs[0]] = words
         else:
             self.rows = max(1, len(seqs) // 8)
 
     def published(self) -> None:
         """A batch went through."""
+        self.closely = self.rows < self._most
         self.rows = min(self._most, self.rows * 2)
 
     def sort(self, rows: Sequence[Any]) -> tuple[list[Any], dict[int, str]]:

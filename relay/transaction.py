@@ -17,11 +17,13 @@ Traps of librdkafka 2.x, each measured (docs/design.md, "librdkafka"):
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from relay.config import RelayConfig
-from relay.errors import ConfigError, EventRefused, KafkaTrouble, LaneLost
+from relay.errors import ConfigError, EventRefused, KafkaTrouble, LaneLost, Undelivered
 from relay.lane import PRODUCERS, Progress, parse_progress
 
 FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
@@ -37,12 +39,23 @@ REFUSED = frozenset(
         KafkaError.TOPIC_EXCEPTION,
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
         KafkaError.POLICY_VIOLATION,
-        # after topic.metadata.propagation.max.ms; UNKNOWN_TOPIC_OR_PART is retried until then
+        # after topic.metadata.propagation.max.ms
         KafkaError._UNKNOWN_TOPIC,
         KafkaError._UNKNOWN_PARTITION,
     }
 )
 """What Kafka says of a record that it will never take as it is."""
+
+REFUSED_ALONE = frozenset(
+    {
+        KafkaError.TOPIC_EXCEPTION,
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError._UNKNOWN_TOPIC,
+        KafkaError._UNKNOWN_PARTITION,
+        KafkaError.UNKNOWN_TOPIC_OR_PART,  # final only in a record's delivery report
+    }
+)
+"""Those that say it of each record of a topic; the others may be said of a whole request for one record's sake."""
 
 
 class _Watch(logging.Handler):
@@ -77,6 +90,7 @@ class Transactions:
         self._lane = lane
         self._timeout = config.kafka_timeout
         self._producers: dict[int, Producer] = {}
+        self._deliveries: _Deliveries | None = None
         self._watches = [_Watch() for _ in range(PRODUCERS)]
         settings = {"group.id": name, "isolation.level": "read_committed", "enable.auto.commit": False}
         self._reader = Consumer({**config.client(), **settings}, logger=_Watch().logger())
@@ -113,14 +127,18 @@ class Transactions:
 
     # ---- one batch ---------------------------------------------------------------------------------------------------
 
-    def begin(self, batch: int) -> Callable[..., None]:
-        """Step 6, begin: opens the transaction of `batch`. Returned: `produce` of its producer."""
+    def begin(self, batch: int, closely: bool = False) -> Callable[..., None]:
+        """Step 6, begin: opens the transaction of `batch`. Returned: `produce` of its producer.
+
+        `closely`: `flush` will say what became of each record, which costs a callback for each.
+        """
         producer = self._producers[batch % PRODUCERS]
         with typed("begin a transaction"):
             producer.poll(0)  # serves what the client logged while it rested; that is not this transaction's
             self._watches[batch % PRODUCERS].suspicious = None
             producer.begin_transaction()
-        return producer.produce
+        self._deliveries = _Deliveries(producer) if closely else None
+        return self._deliveries.produce if self._deliveries else producer.produce
 
     def flush(self, batch: int) -> None:
         """Step 6, flush: every record of the batch is acknowledged when this returns."""
@@ -128,6 +146,8 @@ class Transactions:
             left = self._producers[batch % PRODUCERS].flush(self._timeout)
         if left:
             raise KafkaTrouble(f"{left} records were not acknowledged within {self._timeout:g} s")
+        if self._deliveries:
+            self._deliveries.check()
 
     def offsets(self, batch: int, metadata: str, number: int | None = None) -> None:
         """Step 6, progress: in the transaction, behind the events. `number`: by this id, else by the batch's own."""
@@ -176,6 +196,42 @@ def check_settings(config: RelayConfig) -> None:
         raise ConfigError(f"a Kafka setting cannot be used: {error.args[0].str()}") from error
 
 
+class _Deliveries:
+    """Learns what becomes of each record of a batch."""
+
+    def __init__(self, producer: Producer) -> None:
+        self._producer = producer
+        self._produced = 0
+        self._failed: dict[int, KafkaError] = {}
+        self._alone: set[int] = set()
+
+    def produce(self, topic: str, value: Any, key: Any, partition: int, _: None, __: None, *rest: Any) -> None:
+        """`Producer.produce`, which goes on when this very record is refused."""
+        place, self._produced = self._produced, self._produced + 1
+        try:
+            self._producer.produce(topic, value, key, partition, partial(self._note, place), None, *rest)
+        except KafkaException as error:
+            if error.args[0].code() not in REFUSED:
+                raise
+            self._failed[place] = error.args[0]
+            self._alone.add(place)
+
+    def _note(self, place: int, error: KafkaError | None, _message: Any) -> None:
+        if error is not None:
+            self._failed[place] = error
+            if error.code() in REFUSED_ALONE:
+                self._alone.add(place)
+
+    def check(self) -> None:
+        """Raises what the failed ones mean, if there are any; serves after a flush."""
+        if self._alone:
+            events = {place: f"{self._failed[place].str()} ({self._failed[place].name()})" for place in self._alone}
+            raise EventRefused(f"cannot deliver {len(events)} events of a batch: {next(iter(events.values()))}", events)
+        if self._failed:
+            refused = [error for error in self._failed.values() if error.code() in REFUSED]
+            raise classify("deliver a batch", (refused or list(self._failed.values()))[0])
+
+
 @contextmanager
 def typed(what: str) -> Iterator[None]:
     """Turn librdkafka's errors into ours, once, here."""
@@ -187,13 +243,15 @@ def typed(what: str) -> Iterator[None]:
         raise KafkaTrouble(f"cannot {what}: the client's queue is full") from error
 
 
-def classify(what: str, error: KafkaError) -> LaneLost | EventRefused | KafkaTrouble:
+def classify(what: str, error: KafkaError) -> LaneLost | EventRefused | Undelivered | KafkaTrouble:
     """What a Kafka error means for the hold on the lane. None of the answers says whether a commit took place."""
     text = f"cannot {what}: {error.str()} ({error.name()})"
     if error.code() in FENCED:
         return LaneLost(text)
     if error.code() in REFUSED:
         return EventRefused(text)
+    if error.code() == KafkaError._INCONSISTENT:  # "failed delivery (see individual delivery reports)"
+        return Undelivered(text)
     return KafkaTrouble(text)
 
 

@@ -30,11 +30,13 @@ from relay.errors import (
     DatabaseTrouble,
     EventRefused,
     IllegalStep,
+    KafkaTrouble,
     LaneHalted,
     LaneLost,
     ProgressError,
     Recycle,
     TakeAgain,
+    Undelivered,
 )
 from relay.failpoint import Failpoint
 from relay.floor import Floor
@@ -132,7 +134,7 @@ class LaneWorker:
         except Recycle as reason:
             log.info("producers recycled", lane=self.lane, reason=str(reason))
             return False
-        except EventRefused as refused:
+        except (EventRefused, Undelivered) as refused:
             log.info("batch refused", lane=self.lane, error=str(refused))
             return False
         finally:
@@ -352,17 +354,22 @@ class _Cycle:
 
     @contextmanager
     def _noting_refusal(self, fetched: _Fetched) -> Iterator[None]:
-        """Kafka's refusal may show at any call after `produce`."""
+        """Kafka's refusal may show at any call after `produce`. Not delivered, unknown why: once more, closely."""
         try:
             yield
         except EventRefused as refused:
-            self._quarantine.refused(fetched.seqs, str(refused))
+            self._quarantine.refused(fetched.seqs, str(refused), refused.events)
+            raise
+        except Undelivered as undelivered:
+            if self._quarantine.closely:
+                raise KafkaTrouble(str(undelivered)) from undelivered
+            self._quarantine.closely = True
             raise
 
     async def _produce(self, fetched: _Fetched) -> None:
         if not self._lane.may_produce(fetched.number):
             raise IllegalStep(f"batch {fetched.number} may not be produced in {self._lane}")
-        produce = self._kafka.begin(fetched.number)
+        produce = self._kafka.begin(fetched.number, self._quarantine.closely)
         for start in range(0, len(fetched.rows), YIELD_ROWS):
             with typed("produce a batch"):
                 self._records.produce(fetched.rows[start : start + YIELD_ROWS], produce)

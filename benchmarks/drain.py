@@ -67,7 +67,7 @@ def held_snapshot(stage: Stage, sizes: Sizes) -> dict[str, Any]:
     with stage.running(contender) as process:
         for _ in range(sizes.warming):
             say(f"held-snapshot: warming {_told(contender, _while_running(stage, contender, topic, sizes, process))}")
-            stage.tidy(contender)
+            stage.vacuum(contender)
         with _snapshot(stage.postgres.url(contender.database)):
             for number in range(sizes.rounds):
                 rounds.append(_while_running(stage, contender, topic, sizes, process))
@@ -91,9 +91,9 @@ def _warm(stage: Stage, contenders: Sequence[Contender], topic: str, sizes: Size
 
 def _fresh(stage: Stage, contender: Contender, topic: str, count: int) -> Round:
     """A round whose relay starts when the backlog is there."""
-    stage.tidy(contender)
+    stage.vacuum(contender)
     stage.seed(contender, topic, count)
-    stage.postgres.execute("CHECKPOINT")  # what the seed wrote is not to be written out during the round
+    stage.settle(contender)
     with Reader(stage, topic, count) as reader:
         with stage.running(contender) as process:
             pids = stage.pids(relay=process.pid)

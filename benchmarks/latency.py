@@ -85,7 +85,7 @@ def latency(stage: Stage, sizes: Sizes) -> dict[str, Any]:
 def _load(stage: Stage, contenders: list[Contender], topic: str, load: Load, sizes: Sizes) -> dict[str, Any]:
     rounds: dict[str, list[Round]] = {contender.name: [] for contender in contenders}
     for contender in contenders:
-        stage.tidy(contender)
+        stage.vacuum(contender)
     for _ in range(sizes.rounds):
         for contender in contenders:
             one = _round(stage, contender, topic, load, sizes)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import structlog
@@ -161,8 +161,16 @@ class Relay:
         return await queries.meta()
 
     async def _topic(self, meta: Meta, threads: ThreadPoolExecutor) -> bool:
+        """False: stopped before Kafka answered, which can take as long as `kafka_timeout`."""
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(threads, topics.ensure_control_topic, self._config, meta.name, meta.lanes)
+        call = loop.run_in_executor(threads, topics.ensure_control_topic, self._config, meta.name, meta.lanes)
+        stopped = asyncio.create_task(self._stopping.wait())
+        either: set[asyncio.Future[Any]] = {call, stopped}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not call.done():
+            return False
+        call.result()
         return True
 
     async def _patiently(self, what: str, call: Callable[[], Awaitable[T]]) -> T | None:

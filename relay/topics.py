@@ -20,16 +20,10 @@ def ensure_control_topic(config: RelayConfig, name: str, lanes: int) -> None:
     topic = control_topic(name)
     admin = AdminClient({**config.client(), "log_level": 0})
     try:
-        found = admin.list_topics(topic, timeout=config.kafka_timeout).topics[topic]
-        if found.error is None:
-            if len(found.partitions) < lanes:
-                _wait(admin.create_partitions([NewPartitions(topic, lanes)], operation_timeout=10.0))
-            return
-        _wait(admin.create_topics([NewTopic(topic, lanes)], operation_timeout=10.0))
+        if not _made_or_grown(admin, topic, lanes, config.kafka_timeout):
+            _made_or_grown(admin, topic, lanes, config.kafka_timeout)
     except KafkaException as error:
         kafka: KafkaError = error.args[0]
-        if kafka.code() == KafkaError.TOPIC_ALREADY_EXISTS:  # another relay was faster
-            return
         if kafka.code() in _FORBIDDEN:
             raise ConfigError(
                 f"Kafka does not let the relay make its control topic {topic} ({kafka.str()}): create it with {lanes} "
@@ -37,6 +31,25 @@ def ensure_control_topic(config: RelayConfig, name: str, lanes: int) -> None:
                 f"the group {name} and transactional ids {name}.*"
             ) from error
         raise KafkaTrouble(f"cannot see to the control topic {topic}: {kafka.str()}") from error
+
+
+def _made_or_grown(admin: AdminClient, topic: str, lanes: int, timeout: float) -> bool:
+    """False: it came into being meanwhile, with who knows how many partitions.
+
+    Another relay made it, or a broker that makes the topics it is asked about.
+    """
+    found = admin.list_topics(topic, timeout=timeout).topics[topic]
+    if found.error is None:
+        if len(found.partitions) < lanes:
+            _wait(admin.create_partitions([NewPartitions(topic, lanes)], operation_timeout=10.0))
+        return True
+    try:
+        _wait(admin.create_topics([NewTopic(topic, lanes)], operation_timeout=10.0))
+    except KafkaException as error:
+        if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+            raise
+        return False
+    return True
 
 
 _FORBIDDEN = frozenset(

@@ -1,8 +1,8 @@
 """One of the demo's writers: a process of the inspection service under load, with all that makes an outbox difficult.
 
 Transactions that are rolled back after their events were added, savepoints rolled back and released, several events in
-a transaction, inspections that several writers change at the same time, and (`--slow`) a transaction that has written
-its event and commits seconds later, behind thousands of others.
+a transaction, inspections that several writers change at the same time, and (`--slow`) transactions that have written
+their event and commit seconds later, behind hundreds of others.
 
 Works until SIGTERM, then finishes its transaction. The ids of events that were added and not committed go to a file
 outside the database, one a line: the database forgets them.
@@ -173,7 +173,13 @@ class Writer:
 
     # ---- the slow transaction ----------------------------------------------------------------------------------------
 
-    async def slow(self, seconds: float) -> None:
+    async def run_slow(self, seconds: float, stopping: asyncio.Event) -> None:
+        """Slow transactions until `stopping`."""
+        while not stopping.is_set():
+            await self._slow(seconds)
+        await self._engine.dispose()
+
+    async def _slow(self, seconds: float) -> None:
         """An event is written, and so has its place in the order; its transaction commits `seconds` later.
 
         By `Outbox.insert`, which writes at once; `add` writes at the commit.
@@ -215,7 +221,7 @@ async def main(arguments: argparse.Namespace) -> None:
             tasks.create_task(writer.run(stopping))
             if arguments.slow:
                 slow = Writer(url, rolled_back, pause=0, seed=-arguments.seed)
-                tasks.create_task(slow.slow(arguments.slow))
+                tasks.create_task(slow.run_slow(arguments.slow, stopping))
 
 
 if __name__ == "__main__":
@@ -223,5 +229,5 @@ if __name__ == "__main__":
     parser.add_argument("rolled_back", type=Path, help="file for the ids of events that were not committed")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--pause", type=float, default=0.005, help="seconds between two transactions, on average")
-    parser.add_argument("--slow", type=float, default=0.0, help="seconds that one transaction takes")
+    parser.add_argument("--slow", type=float, default=0.0, help="seconds that each slow transaction takes; 0: none")
     asyncio.run(main(parser.parse_args()))

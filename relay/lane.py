@@ -26,6 +26,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, StrEnum
+from hashlib import blake2b
 from uuid import UUID
 
 from relay.errors import IllegalStep, ProgressError
@@ -44,6 +45,7 @@ METADATA_BYTES = 4095
 """Limit of an offset's metadata: the broker's `offset.metadata.max.bytes` (default 4,096) less one."""
 
 _FORMAT = "1."
+_HEAD_BYTES = 16 + 8  # uuid, digest
 _INFLATED_BYTES = 1 << 20  # far above what METADATA_BYTES of honest progress can hold; a bound against a zip bomb
 _MAX_SEQ = (1 << 63) - 1  # of a bigint
 
@@ -98,25 +100,31 @@ def union(sets: Sequence[Runs]) -> Runs:
 # ---- progress: what Kafka knows of a lane ----------------------------------------------------------------------------
 
 
+def digest_of(ids: Sequence[str]) -> bytes:
+    """Eight bytes that tell the events `ids`, in this order, from any others."""
+    return blake2b("".join(ids).encode(), digest_size=8).digest()
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The last batch that Kafka committed for a lane: offset = its number, metadata = the outbox's uuid and the batch's
-    seqs."""
+    """The last batch that Kafka committed for a lane: offset = its number, metadata = all else."""
 
     outbox: UUID
     batch: int
     runs: Runs
+    """The seqs of its events."""
+    digest: bytes = digest_of(())
+    """Of the ids of its events, in order: a restored database may give the same seqs to other events."""
 
     def metadata(self) -> str:
-        """The text kept with the offset: a format mark, then base64 of zlib of the uuid and the runs as varints."""
+        """The text kept with the offset: a format mark, then base64 of zlib of uuid, digest and the runs as varints."""
         gaps_and_lengths: list[int] = []
         end = 0
         for start, stop in self.runs:
             gaps_and_lengths += (start - end, stop - start)
             end = stop
-        return _FORMAT + base64.b64encode(zlib.compress(self.outbox.bytes + _varints(gaps_and_lengths), 1)).decode(
-            "ascii"
-        )
+        raw = self.outbox.bytes + self.digest + _varints(gaps_and_lengths)
+        return _FORMAT + base64.b64encode(zlib.compress(raw, 1)).decode("ascii")
 
 
 def parse_progress(batch: int, metadata: str) -> Progress:
@@ -133,23 +141,25 @@ def parse_progress(batch: int, metadata: str) -> Progress:
         complete = inflate.eof
     except (binascii.Error, ValueError, zlib.error) as error:
         raise ProgressError(f"progress of batch {batch} is damaged: {error}") from error
-    if not complete or len(raw) < 16:
+    if not complete or len(raw) < _HEAD_BYTES:
         raise ProgressError(f"progress of batch {batch} is damaged: {len(raw)} bytes, cut short")
-    numbers = _parse_varints(raw[16:], batch)
+    numbers = _parse_varints(raw[_HEAD_BYTES:], batch)
     runs = []
     end = 0
     for gap, length in zip(numbers[::2], numbers[1::2], strict=True):
         runs.append((end + gap, end + gap + length))
         end += gap + length
-    return Progress(UUID(bytes=raw[:16]), batch, tuple(runs))
+    return Progress(UUID(bytes=raw[:16]), batch, tuple(runs), raw[16:_HEAD_BYTES])
 
 
-def cut(outbox: UUID, batch: int, seqs: Sequence[int], limit: int = METADATA_BYTES) -> tuple[Progress, str]:
+def cut(
+    outbox: UUID, batch: int, seqs: Sequence[int], ids: Sequence[str], limit: int = METADATA_BYTES
+) -> tuple[Progress, str]:
     """The progress of a batch of as many of the first `seqs` as its metadata can name in `limit` bytes (one at least),
-    and that text."""
+    and that text. `ids`: of the events, beside their seqs."""
     count = len(seqs)
     while True:
-        progress = Progress(outbox, batch, runs_of(seqs[:count]))
+        progress = Progress(outbox, batch, runs_of(seqs[:count]), digest_of(ids[:count]))
         text = progress.metadata()
         if len(text) <= limit or count == 1:
             return progress, text
@@ -198,10 +208,14 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The crash came between commit and delete: delete `runs` and set the lane to `batch`, in one transaction."""
+    """The crash came between commit and delete: delete `runs` and set the lane to `batch`, in one transaction.
+
+    Only if their events' ids have this `digest`: else the database was restored, and gave those seqs to other events.
+    """
 
     batch: int
     runs: Runs
+    digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +271,7 @@ def reconcile(outbox: UUID, batch: int, released: bool, progress: Progress | Non
     if progress.batch == batch + 1:
         if released and not progress.runs:
             return Begin(progress.batch)
-        return Finish(progress.batch, progress.runs)
+        return Finish(progress.batch, progress.runs, progress.digest)
     found = "behind" if progress.batch > batch else "ahead"
     return Doubt(
         f"the database is at batch {batch}, Kafka at batch {progress.batch}: the database is {found}. "

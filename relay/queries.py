@@ -187,8 +187,13 @@ class Queries:
 
     # ---- the cycle ---------------------------------------------------------------------------------------------------
 
-    async def fetch(self, db: Any, lane: int, floor: int, hidden: Runs, rows: int, size: int) -> list[asyncpg.Record]:
+    async def fetch(
+        self, db: Any, lane: int, batch: int, floor: int, hidden: Runs, rows: int, size: int
+    ) -> list[asyncpg.Record]:
         """Step 5: the lane's next rows above `floor` in seq order, without the `hidden` ones.
+
+        None while the lane is not at `batch` or one further (a delete under way): a pooler may go on with a database
+        that was restored, and its rows be back.
 
         At most `rows` rows, and no more after the values reach `size` bytes (one row at least): the sum is made by the
         database before a value is read. Columns: seq, id (text), type, topic, key, value, fingerprint, headers (JSON
@@ -202,6 +207,7 @@ class Queries:
                                   ORDER BY seq ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
                       FROM {self._schema}.outbox
                      WHERE lane = $1 AND seq > $2 AND NOT seq <@ $3::int8multirange
+                       AND (SELECT batch FROM {self._schema}.lane WHERE lane = $1) - $6 BETWEEN 0 AND 1
                      ORDER BY seq LIMIT $4) AS o
              WHERE before IS NULL OR before < $5
             """,
@@ -210,6 +216,7 @@ class Queries:
             _multirange(hidden),
             rows,
             size,
+            batch,
         )
 
     async def holders(self, db: Any) -> list[str]:
@@ -223,40 +230,33 @@ class Queries:
             """
         )
 
-    async def advance(self, db: Any, lane: int, before: int, batch: int, runs: Runs) -> bool:
-        """Steps 4 and 7: set the lane from batch `before` to `batch` and delete `runs`, in one transaction.
+    async def ids(self, lane: int, runs: Runs) -> list[str]:
+        """The ids of the rows that `runs` name, in seq order."""
+        rows = await self._pool.fetch(
+            f"""
+            SELECT id::text FROM {self._schema}.outbox, unnest($2::int8multirange) AS run
+             WHERE lane = $1 AND seq >= lower(run) AND seq < upper(run) ORDER BY seq
+            """,
+            lane,
+            _multirange(runs),
+        )
+        return [row["id"] for row in rows]
 
-        False: the lane was not at `before`, so another relay took it, and nothing was done. The transaction is durable
-        when this returns, whatever `synchronous_commit` the database has: a lane that goes back would halt.
+    async def advance(
+        self, db: Any, lane: int, before: int, batch: int, runs: Runs, parked: Mapping[int, str], owner: UUID | None
+    ) -> bool:
+        """Steps 4 and 7: set the lane from batch `before` to `batch`, delete `runs`, and move the rows `parked`
+        (seq → error) to dead_event, in one transaction.
+
+        False: the lane was not at `before`, or not `owner`'s where one is named: another relay took it, and nothing was
+        done. The transaction is durable when this returns, whatever `synchronous_commit` the database has: a lane that
+        goes back would halt.
         """
         return await db.fetchval(  # type: ignore[no-any-return]
             f"""
             WITH own AS (
                 UPDATE {self._schema}.lane SET batch = $3, released = false
-                 WHERE lane = $1 AND batch = $2
-                   AND (current_setting('synchronous_commit') <> 'off'
-                        OR set_config('synchronous_commit', 'on', true) = 'on')
-                RETURNING 1),
-            gone AS (
-                DELETE FROM {self._schema}.outbox AS o USING own, unnest($4::int8multirange) AS run
-                 WHERE o.lane = $1 AND o.seq >= lower(run) AND o.seq < upper(run))
-            SELECT count(*) = 1 FROM own
-            """,
-            lane,
-            before,
-            batch,
-            _multirange(runs),
-        )
-
-    async def advance_parking(
-        self, db: Any, lane: int, before: int, batch: int, runs: Runs, parked: Mapping[int, str]
-    ) -> bool:
-        """`advance` that also moves the rows `parked` (seq → error) to dead_event, in the same transaction."""
-        return await db.fetchval(  # type: ignore[no-any-return]
-            f"""
-            WITH own AS (
-                UPDATE {self._schema}.lane SET batch = $3, released = false
-                 WHERE lane = $1 AND batch = $2
+                 WHERE lane = $1 AND batch = $2 AND ($7::uuid IS NULL OR owner = $7)
                    AND (current_setting('synchronous_commit') <> 'off'
                         OR set_config('synchronous_commit', 'on', true) = 'on')
                 RETURNING 1),
@@ -281,6 +281,7 @@ class Queries:
             _multirange(runs),
             list(parked),
             list(parked.values()),
+            owner,
         )
 
     async def held(self, lane: int) -> set[tuple[str, str]]:

@@ -215,13 +215,24 @@ class Relay:
                 self._id, socket.gethostname(), os.getpid(), version("kafka-outbox"), HEARTBEAT * 3
             )
             self._next_heartbeat = now + HEARTBEAT
+        before = {lane: held.worker.batch for lane, held in self._held.items()}
         lanes = await shared.queries.lanes()
+        self._compare(before, lanes)
         decided = plan(lanes, self._held, self._relays, self._waited(lanes, now), self._config.lease)
         for lane in decided.give:
             self._held[lane].worker.stop()
         for lane in decided.take:
             if now >= self._troubles.get(lane, _NO_TROUBLE).not_before:
                 self._start(shared, lane)
+
+    def _compare(self, before: dict[int, int | None], lanes: list[LaneRow]) -> None:
+        """Notice a lane that is not where its worker left it: a database restored behind a pooler that hides it."""
+        for row in lanes:
+            held, least = self._held.get(row.lane), before.get(row.lane)
+            if held is None or least is None or (most := held.worker.batch) is None:
+                continue
+            if not least <= row.batch <= most + 1:
+                held.worker.doubt()
 
     def _waited(self, lanes: list[LaneRow], now: float) -> float:
         """Seconds since which some lane is free that this relay leaves to others."""

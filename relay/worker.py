@@ -40,7 +40,7 @@ from relay.errors import (
 )
 from relay.failpoint import Failpoint
 from relay.floor import Floor
-from relay.lane import PRODUCERS, Begin, Doubt, Finish, Lane, Progress, Runs, Step, cut, reconcile
+from relay.lane import PRODUCERS, Begin, Doubt, Finish, Lane, Progress, Runs, Step, cut, digest_of, reconcile
 from relay.pace import Pace
 from relay.quarantine import Quarantine
 from relay.queries import TROUBLE, Meta, Queries
@@ -87,6 +87,17 @@ class LaneWorker:
         self._shared = shared
         self._stopping = asyncio.Event()
         self._quarantine = Quarantine(shared.config.batch_rows)
+        self._cycle: _Cycle | None = None
+
+    @property
+    def batch(self) -> int | None:
+        """The last batch whose delete was acknowledged; None while the lane is not taken."""
+        return self._cycle.batch if self._cycle else None
+
+    def doubt(self) -> None:
+        """The lane's row is not where this worker left it: take the lane anew, which finds out why."""
+        if self._cycle:
+            self._cycle.doubted = True
 
     def stop(self) -> None:
         """Finish what is under way, then release the lane."""
@@ -127,10 +138,13 @@ class LaneWorker:
             lane, metadata = await self._take(kafka)
             log.info("lane taken", lane=self.lane, batch=lane.batch)
             async with self._shared.queries.connection() as reading, self._shared.queries.connection() as writing:
-                cycle = _Cycle(
+                self._cycle = _Cycle(
                     self._shared, self.lane, kafka, reading, writing, lane, metadata, self._quarantine, self._stopping
                 )
-                await cycle.run()
+                await self._cycle.run()
+        except TakeAgain as doubt:
+            log.info("lane in doubt", lane=self.lane, reason=str(doubt))
+            return False
         except Recycle as reason:
             log.info("producers recycled", lane=self.lane, reason=str(reason))
             return False
@@ -138,6 +152,7 @@ class LaneWorker:
             log.info("batch refused", lane=self.lane, error=str(refused))
             return False
         finally:
+            self._cycle = None
             await self._shared.thread(kafka.discard)
         return True
 
@@ -184,12 +199,18 @@ class LaneWorker:
             raise TakeAgain(verdict.reason) if verdict.transient else LaneHalted(verdict.reason)
         if isinstance(verdict, Finish):
             runs = verdict.runs
+            if digest_of(await shared.queries.ids(self.lane, runs)) != verdict.digest:
+                raise LaneHalted(
+                    f"Kafka has batch {verdict.batch}, the database is one behind, and the rows with that batch's seqs "
+                    "are not the events of that batch: the database was restored to another moment, or rows were "
+                    "deleted by hand"
+                )
         if isinstance(verdict, Begin):
             progress = Progress(shared.meta.uuid, verdict.batch, ())
             if (suspicious := await shared.thread(kafka.rewrite, verdict.batch, progress.metadata())) is not None:
                 raise Recycle(suspicious)
         async with shared.queries.connection() as db:
-            if not await shared.queries.advance(db, self.lane, before, verdict.batch, runs):
+            if not await shared.queries.advance(db, self.lane, before, verdict.batch, runs, {}, shared.relay):
                 raise TakeAgain(f"the batch of lane {self.lane} moved on from {before} while the lane was taken")
         assert progress is not None  # noqa: S101 -- reconcile answers Begin or Doubt for None
         return Lane(verdict.batch), progress.metadata()
@@ -254,7 +275,12 @@ class _Cycle:
         self._pace = Pace(shared.config.poll_shortest, shared.config.poll_longest)
         self._records = Records(shared.config.source or f"/outbox/{shared.meta.name}")
         self._finishing: dict[int, _Finishing] = {}
+        self.doubted = False
         self._last_event = self._last_progress = time.monotonic()
+
+    @property
+    def batch(self) -> int:
+        return self._lane.batch
 
     async def run(self) -> None:
         """Cycle until `stopping`; then nothing is under way. Every error ends the hold."""
@@ -272,6 +298,8 @@ class _Cycle:
             await self._cancel()
 
     def _raise_failure(self) -> None:
+        if self.doubted:
+            raise TakeAgain(f"the row of lane {self._number} is not at batch {self._lane.batch}, where it was left")
         for finishing in self._finishing.values():
             if finishing.delete.done():
                 finishing.delete.result()
@@ -288,7 +316,13 @@ class _Cycle:
         shared, config = self._shared, self._shared.config
         limit = self._quarantine.rows
         rows = await shared.queries.fetch(
-            self._reading, self._number, self._floor.value, self._lane.hidden, limit, config.batch_bytes
+            self._reading,
+            self._number,
+            self._lane.batch,
+            self._floor.value,
+            self._lane.hidden,
+            limit,
+            config.batch_bytes,
         )
         shared.failpoint.done(Step.FETCH)
         fetched = self._cut(rows) if rows else None
@@ -301,7 +335,7 @@ class _Cycle:
         if not self._quarantine.idle:
             rows, parked = self._quarantine.sort(rows)
         number = self._lane.next
-        progress, metadata = cut(self._shared.meta.uuid, number, [row[0] for row in rows])
+        progress, metadata = cut(self._shared.meta.uuid, number, [row[0] for row in rows], [row[1] for row in rows])
         count = sum(end - start for start, end in progress.runs)
         if count < len(rows):
             last = rows[count - 1][0]
@@ -401,22 +435,16 @@ class _Cycle:
     async def _delete(self, fetched: _Fetched, commit: asyncio.Task[str | None]) -> None:
         suspicious = await commit
         queries, number = self._shared.queries, fetched.number
-        if fetched.parked:
-            moved = await queries.advance_parking(
-                self._writing, self._number, number - 1, number, fetched.progress.runs, fetched.parked
-            )
-            self._quarantine.parked(list(fetched.parked))
-            log.warning(
-                "events parked",
-                lane=self._number,
-                events=len(fetched.parked),
-                error=next(iter(fetched.parked.values())),
-            )
-        else:
-            moved = await queries.advance(self._writing, self._number, number - 1, number, fetched.progress.runs)
+        moved = await queries.advance(
+            self._writing, self._number, number - 1, number, fetched.progress.runs, fetched.parked, None
+        )
         if not moved:
             raise LaneLost(f"lane {self._number} was taken by another relay: it is not at batch {number - 1} any more")
         self._lane = self._lane.deleted(number)
+        if fetched.parked:
+            self._quarantine.parked(list(fetched.parked))
+            error = next(iter(fetched.parked.values()))
+            log.warning("events parked", lane=self._number, events=len(fetched.parked), error=error)
         self._shared.failpoint.done(Step.DELETE)
         log.debug("batch published", lane=self._number, batch=number, events=len(fetched.rows))
         if suspicious is not None:  # stays in `_finishing`, where whoever comes next finds it

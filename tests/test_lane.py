@@ -25,6 +25,7 @@ from relay.lane import (
     Runs,
     Verdict,
     cut,
+    digest_of,
     parse_progress,
     reconcile,
     runs_of,
@@ -68,7 +69,7 @@ def test_a_union_is_the_runs_of_all(pairs: list[tuple[int, int]]) -> None:
 @given(seq_sets, st.uuids(), st.integers(0, MAX_SEQ))
 @example({MAX_SEQ}, OUTBOX, 0)
 def test_progress_comes_back_as_it_was_written(seqs: set[int], outbox: UUID, batch: int) -> None:
-    progress = Progress(outbox, batch, runs_of(sorted(seqs)))
+    progress = Progress(outbox, batch, runs_of(sorted(seqs)), digest_of([str(seq) for seq in seqs]))
     assert parse_progress(batch, progress.metadata()) == progress
 
 
@@ -83,7 +84,7 @@ def backlogs(draw: st.DrawFn) -> list[int]:
 @settings(deadline=None)  # 8,000 rows take some milliseconds, on a busy machine more
 @given(backlogs())
 def test_a_cut_batch_fits_and_is_not_much_smaller_than_it_could_be(seqs: list[int]) -> None:
-    progress, text = cut(OUTBOX, 9, seqs)
+    progress, text = cut(OUTBOX, 9, seqs, [str(seq) for seq in seqs])
     count = len(seqs_of(progress.runs))
     assert len(text) <= METADATA_BYTES
     assert seqs_of(progress.runs) == seqs[:count]
@@ -93,7 +94,7 @@ def test_a_cut_batch_fits_and_is_not_much_smaller_than_it_could_be(seqs: list[in
 
 
 def test_one_row_is_taken_whatever_the_limit() -> None:
-    progress, _ = cut(OUTBOX, 1, [MAX_SEQ - 1, MAX_SEQ], limit=1)
+    progress, _ = cut(OUTBOX, 1, [MAX_SEQ - 1, MAX_SEQ], ["a", "b"], limit=1)
     assert progress.runs == ((MAX_SEQ - 1, MAX_SEQ),)
 
 
@@ -157,9 +158,9 @@ EMPTY = Progress(OUTBOX, 5, ())
         pytest.param(5, True, FIVE, Begin(6), id="Kafka is about to forget"),
         pytest.param(4, True, EMPTY, Begin(5), id="a beginning that was cut short"),
         pytest.param(5, False, FIVE, Resume(5), id="nothing was under way"),
-        pytest.param(4, False, FIVE, Finish(5, RUNS), id="a crash between commit and delete"),
-        pytest.param(4, True, FIVE, Finish(5, RUNS), id="the database was restored to one batch back"),
-        pytest.param(4, False, EMPTY, Finish(5, ()), id="the same, behind an empty batch"),
+        pytest.param(4, False, FIVE, Finish(5, RUNS, FIVE.digest), id="a crash between commit and delete"),
+        pytest.param(4, True, FIVE, Finish(5, RUNS, FIVE.digest), id="the database was restored to one batch back"),
+        pytest.param(4, False, EMPTY, Finish(5, (), EMPTY.digest), id="the same, behind an empty batch"),
     ],
 )
 def test_what_the_two_readings_mean(batch: int, released: bool, progress: Progress | None, verdict: Verdict) -> None:

@@ -1,0 +1,241 @@
+"""Settings: each wrong one is refused at construction, with its name and the remedy; nothing is ignored in silence."""
+
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from relay.config import KAFKA_DEFAULTS, KAFKA_GUARANTEE, RelayConfig, load
+from relay.errors import ConfigError
+
+URL = "postgresql://relay:secret@db:5432/orders"
+LEAST = {"OUTBOX_DATABASE_URL": URL, "OUTBOX_KAFKA_BOOTSTRAP_SERVERS": "broker:9092"}
+FIELDS = [f for f in fields(RelayConfig) if f.name != "kafka"]
+NUMBERS = [f.name for f in FIELDS if f.type in (int, float)]
+
+
+def refusal(environment: dict[str, str], path: Path | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(environment, path)
+    return str(caught.value)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write(text: str) -> Path:
+        path = tmp_path / "relay.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_the_two_addresses_are_enough() -> None:
+    config = load(LEAST)
+    assert config.database_url == URL
+    assert config.kafka == {"bootstrap.servers": "broker:9092"}
+    assert config.batch_rows == 8_000
+
+
+def test_what_a_program_prints_of_its_settings_holds_no_password() -> None:
+    config = load({**LEAST, "OUTBOX_KAFKA_SASL_PASSWORD": "hunter2"})
+    assert "secret" not in repr(config)
+    assert "hunter2" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("OUTBOX_BATCH_ROWS", "100", 100),
+        ("OUTBOX_BATCH_BYTES", "1000", 1000),
+        ("OUTBOX_LEASE", "4.5", 4.5),
+        ("OUTBOX_KAFKA_TIMEOUT", "40", 40.0),  # ours, although it looks like the client's
+        ("OUTBOX_PREPARED_STATEMENTS", "off", False),
+        ("OUTBOX_PREPARED_STATEMENTS", "TRUE", True),
+        ("OUTBOX_SOURCE", "/orders", "/orders"),
+        ("OUTBOX_SCHEMA", "box", "box"),
+        ("OUTBOX_LOG_LEVEL", "debug", "debug"),
+    ],
+)
+def test_a_field_is_read_from_the_environment_in_its_type(name: str, value: str, read: object) -> None:
+    config = load({**LEAST, name: value})
+    assert getattr(config, name.removeprefix("OUTBOX_").lower()) == read
+    assert list(config.kafka) == ["bootstrap.servers"]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "-inf", "many", "", "1e", "0x10"])
+def test_a_number_that_cannot_be_is_refused_by_name(name: str, value: str) -> None:
+    variable = f"OUTBOX_{name.upper()}"
+    assert variable in refusal({**LEAST, variable: value})
+
+
+@pytest.mark.parametrize("value", ["maybe", "", "2", "None"])
+def test_a_truth_that_is_none_is_refused_by_name(value: str) -> None:
+    assert "OUTBOX_PREPARED_STATEMENTS" in refusal({**LEAST, "OUTBOX_PREPARED_STATEMENTS": value})
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"OUTBOX_DATABASE_URL": ""}, ["OUTBOX_DATABASE_URL", "postgresql://"]),
+        ({"OUTBOX_DATABASE_URL": "mysql://db/orders"}, ["OUTBOX_DATABASE_URL", "'mysql'", "postgresql://"]),
+        ({"OUTBOX_DATABASE_URL": "db:5432"}, ["OUTBOX_DATABASE_URL", "postgresql://"]),
+        ({"OUTBOX_DATABASE_URL": "postgresql://[db/orders"}, ["OUTBOX_DATABASE_URL"]),
+        ({"OUTBOX_KAFKA_BOOTSTRAP_SERVERS": ""}, ["OUTBOX_KAFKA_BOOTSTRAP_SERVERS"]),
+        ({"OUTBOX_LOG_LEVEL": "verbose"}, ["OUTBOX_LOG_LEVEL", "debug"]),
+        ({"OUTBOX_LEASE": "0.5"}, ["OUTBOX_LEASE", "1 s"]),
+        ({"OUTBOX_POLL_SHORTEST": "1"}, ["OUTBOX_POLL_SHORTEST", "OUTBOX_POLL_LONGEST"]),
+        ({"OUTBOX_BATCH_ROWS": "600000"}, ["OUTBOX_BATCH_ROWS", "queue.buffering.max.messages"]),
+        ({"OUTBOX_KAFKA_QUEUE_BUFFERING_MAX_MESSAGES": "100"}, ["OUTBOX_BATCH_ROWS", "queue.buffering.max.messages"]),
+        ({"OUTBOX_KAFKA_QUEUE_BUFFERING_MAX_MESSAGES": "many"}, ["queue.buffering.max.messages", "number"]),
+        ({"OUTBOX_KAFKA_TOPIC_METADATA_PROPAGATION_MAX_MS": "30000"}, ["propagation", "transaction.timeout.ms"]),
+        ({"OUTBOX_KAFKA_TRANSACTION_TIMEOUT_MS": "5000"}, ["propagation", "transaction.timeout.ms"]),
+        ({"OUTBOX_KAFKA_TIMEOUT": "10"}, ["OUTBOX_KAFKA_TIMEOUT", "topic.metadata.propagation.max.ms"]),
+    ],
+)
+def test_a_wrong_or_contradictory_setting_is_refused_with_its_name(
+    environment: dict[str, str], words: list[str]
+) -> None:
+    text = refusal({**LEAST, **environment})
+    for word in words:
+        assert word in text
+
+
+def test_a_missing_address_says_what_to_set() -> None:
+    assert "set OUTBOX_DATABASE_URL=" in refusal({})
+    assert "set OUTBOX_KAFKA_BOOTSTRAP_SERVERS=" in refusal({"OUTBOX_DATABASE_URL": URL})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        ("OUTBOX_BATCH_ROW", "OUTBOX_BATCH_ROWS"),
+        ("OUTBOX_DATABASE", "OUTBOX_DATABASE_URL"),
+        ("OUTBOX_SCHEMAS", "OUTBOX_SCHEMA"),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_the_near_one(wrong: str, near: str) -> None:
+    text = refusal({**LEAST, wrong: "1"})
+    assert f"unknown setting {wrong}" in text
+    assert f"Did you mean {near}?" in text
+
+
+def test_an_unknown_setting_like_none_is_refused_with_the_known_ones() -> None:
+    text = refusal({**LEAST, "OUTBOX_XYZZY": "1"})
+    assert "OUTBOX_XYZZY" in text
+    assert "OUTBOX_BATCH_ROWS" in text
+
+
+@pytest.mark.parametrize("name", KAFKA_GUARANTEE)
+def test_what_the_guarantee_rests_on_is_refused_by_name_from_the_environment(name: str) -> None:
+    text = refusal({**LEAST, "OUTBOX_KAFKA_" + name.replace(".", "_").upper(): "1"})
+    assert name in text
+    assert KAFKA_GUARANTEE[name] in text
+
+
+@pytest.mark.parametrize("name", KAFKA_GUARANTEE)
+def test_what_the_guarantee_rests_on_is_refused_by_name_from_the_file(name: str, write: Any) -> None:
+    assert name in refusal(LEAST, write(f'[kafka]\n"{name}" = "1"\n'))
+
+
+def test_any_other_setting_of_the_client_passes_through() -> None:
+    config = load({**LEAST, "OUTBOX_KAFKA_LINGER_MS": "7", "OUTBOX_KAFKA_SSL_CA_LOCATION": "/ca"})
+    assert config.producer()["linger.ms"] == "7"
+    assert config.producer()["ssl.ca.location"] == "/ca"
+    assert config.producer()["retry.backoff.ms"] == KAFKA_DEFAULTS["retry.backoff.ms"]
+    assert config.client()["ssl.ca.location"] == "/ca"
+    assert "linger.ms" not in config.client()
+
+
+def test_the_environment_stands_above_the_file(write: Any) -> None:
+    path = write(
+        f'database_url = "{URL}"\nbatch_rows = 10\nlease = 5\n[kafka]\n"bootstrap.servers" = "a:1"\n"linger.ms" = 3\n'
+    )
+    config = load({"OUTBOX_BATCH_ROWS": "20", "OUTBOX_KAFKA_LINGER_MS": "4"}, path)
+    assert (config.batch_rows, config.lease) == (20, 5.0)
+    assert config.kafka == {"bootstrap.servers": "a:1", "linger.ms": "4"}
+
+
+def test_the_file_may_be_named_in_the_environment(write: Any) -> None:
+    path = write("batch_rows = 10\n")
+    assert load({**LEAST, "OUTBOX_CONFIG": str(path)}).batch_rows == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batch_row = 1", ["batch_row in", "OUTBOX_BATCH_ROWS"]),
+        ("batch_rows = ", ["no TOML"]),
+        ("batch_rows = [1]", ["OUTBOX_BATCH_ROWS", "number"]),
+        ("source = 1", ["OUTBOX_SOURCE", "text"]),
+        ("kafka = 1", ["[kafka]"]),
+        ("[kafka]\nlinger.ms = 1", ["[kafka]", "quoted"]),
+        ("lease = nan", ["OUTBOX_LEASE"]),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_with_the_place(text: str, words: list[str], write: Any) -> None:
+    refused = refusal(LEAST, write(text))
+    for word in words:
+        assert word in refused
+
+
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "relay.toml"
+    path.write_bytes(b'source = "\xff"\n')
+    assert "relay.toml is no TOML" in refusal(LEAST, path)
+
+
+def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    assert "nowhere.toml" in refusal(LEAST, tmp_path / "nowhere.toml")
+    assert str(tmp_path) in refusal(LEAST, tmp_path)
+
+
+def test_settings_of_the_tests_and_of_others_are_not_ours() -> None:
+    load({**LEAST, "OUTBOX_TEST_SERVERS": "local", "OUTBOX_FAILPOINT": "commit", "PATH": "/bin", "KAFKA_ACKS": "0"})
+
+
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
+names = st.sampled_from([f.name.upper() for f in FIELDS] + ["KAFKA_ACKS", "KAFKA_LINGER_MS", "KAFKA_", "KAFKA"]) | texts
+
+
+@given(st.dictionaries(names.map("OUTBOX_{}".format).filter("OUTBOX_CONFIG".__ne__), texts))
+@example({"OUTBOX_DATABASE_URL": "postgresql://[", "OUTBOX_KAFKA_BOOTSTRAP_SERVERS": "a"})
+@example({"OUTBOX_BATCH_ROWS": "1_000", "OUTBOX_LEASE": "1e3"})
+def test_any_environment_is_read_or_refused_with_a_sentence(environment: dict[str, str]) -> None:
+    with suppress(ConfigError):
+        config = load({**LEAST, **environment})
+        config.producer()
+        config.client()
+
+
+toml_values: st.SearchStrategy[Any] = st.recursive(
+    st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | texts,
+    lambda part: st.lists(part, max_size=3) | st.dictionaries(st.from_regex("[a-z]{1,5}", fullmatch=True), part),
+)
+
+
+@given(value=toml_values, field=st.sampled_from([f.name for f in fields(RelayConfig)]))
+def test_any_value_in_a_file_is_read_or_refused_with_a_sentence(
+    value: Any, field: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("config") / "relay.toml"
+    path.write_text(f"{field} = {_toml(value)}\n")
+    with suppress(ConfigError):
+        load(LEAST, path)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + "".join(f"\\U{ord(character):08x}" for character in value) + '"'
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {_toml(part)}" for name, part in value.items()) + "}"
+    return repr(value)

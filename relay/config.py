@@ -230,7 +230,7 @@ def _from_file(path: Path) -> dict[str, Any]:
             settings = tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"the settings file {path} cannot be read: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, or bytes that are no UTF-8
         raise ConfigError(f"the settings file {path} is no TOML: {error}") from error
     kafka = settings.get("kafka", {})
     if not isinstance(kafka, dict) or any(isinstance(value, dict | list) for value in kafka.values()):

@@ -62,6 +62,8 @@ class Records:
 def _own(id_: str, headers: str) -> list[Header]:
     """A row's own headers. Any language may have written them: whatever JSON it is, the lane must not stand still."""
     own = json.loads(headers)
+    if own is None:  # what some mappers write for "no value"
+        return []
     if not isinstance(own, dict) or not all(text is None or isinstance(text, str) for text in own.values()):
         raise EventRefused(f"the headers of event {id_} are no JSON object whose values are texts or null")
     return [(name, None if text is None else text.encode()) for name, text in own.items()]

@@ -314,11 +314,11 @@ class _Cycle:
     async def _fetch(self) -> _Fetched | None:
         """Step 5. None when there is nothing."""
         shared, config = self._shared, self._shared.config
-        limit = self._quarantine.rows
+        limit, batch = self._quarantine.rows, self._lane.batch
         rows = await shared.queries.fetch(
             self._reading,
             self._number,
-            self._lane.batch,
+            batch,
             self._floor.value,
             self._lane.hidden,
             limit,
@@ -326,7 +326,7 @@ class _Cycle:
         )
         shared.failpoint.done(Step.FETCH)
         fetched = self._cut(rows) if rows else None
-        await self._raise_floor(fetched, rows, limit)
+        await self._raise_floor(fetched, rows, limit, looked=bool(rows) or self._lane.batch == batch)
         return fetched
 
     def _cut(self, rows: list[Any]) -> _Fetched:
@@ -343,10 +343,14 @@ class _Cycle:
             rows = rows[:count]
         return _Fetched(number, rows, progress, metadata, parked)
 
-    async def _raise_floor(self, fetched: _Fetched | None, rows: list[Any], limit: int) -> None:
-        """Note the fetch, and read the holders of the table when that can move the floor."""
+    async def _raise_floor(self, fetched: _Fetched | None, rows: list[Any], limit: int, looked: bool) -> None:
+        """Note the fetch, and read the holders of the table when that can move the floor.
+
+        `looked`: False when a batch was deleted during a fetch that brought nothing. Two may have been, and then the
+        statement refused to look.
+        """
         if fetched is None:
-            self._floor.fetched(0, complete=True)
+            self._floor.fetched(0, complete=looked)
         else:
             last = max(fetched.rows[-1][0] if fetched.rows else 0, max(fetched.parked, default=0))
             taken = len(fetched.rows) + len(fetched.parked)

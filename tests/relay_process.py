@@ -1,8 +1,8 @@
 """A relay as a process on real servers, the ledger of what was committed, and an independent reader of Kafka.
 
 `Site` is one outbox and its topics. A trigger notes each event in a table `ledger`, in the writer's transaction: so
-what was committed is known, whatever became of the writer. `check_exactly_once` compares it with what a `read_committed`
-consumer reads.
+what was committed is known, whatever became of the writer. `check_exactly_once` compares it with what a reader of
+committed records reads.
 """
 
 import json

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from sqlalchemy import (
+    DDL,
     BigInteger,
     Boolean,
     CheckConstraint,
@@ -103,6 +104,13 @@ def tables(schema: str = SCHEMA, lanes: int = 1) -> MetaData:
     return metadata
 
 
+def _storage(options: dict[str, float]) -> list[tuple[str, Any]]:
+    """Storage parameters, set after the CREATE TABLE: SQLAlchemy knows them as an argument of Table from 2.1 only."""
+    listed = ", ".join(f"{name} = {value}" for name, value in options.items())
+    statement = DDL(f"ALTER TABLE %(fullname)s SET ({listed})")  # type: ignore[no-untyped-call] # SQLAlchemy's gap
+    return [("after_create", statement)]
+
+
 def _moment(name: str, default: str = "now()") -> Column[Any]:
     return Column(name, DateTime(timezone=True), nullable=False, server_default=text(default))
 
@@ -137,15 +145,17 @@ def _outbox(metadata: MetaData, lanes: int) -> None:
         _moment("created_at", "clock_timestamp()"),
         # The one access path: a lane in seq order. Deletes go by it too.
         PrimaryKeyConstraint("lane", "seq"),
-        postgresql_with={
-            # Every row dies young. By count, not by share of a size that swings between nothing and a backlog …
-            "autovacuum_vacuum_scale_factor": 0,
-            "autovacuum_vacuum_threshold": 10_000,
-            # … at full speed, for dead rows come as fast as live ones …
-            "autovacuum_vacuum_cost_delay": 0,
-            # … and never for inserts alone: freezing a backlog that is about to be deleted is work for nothing.
-            "autovacuum_vacuum_insert_threshold": -1,
-        },
+        listeners=_storage(
+            {
+                # Every row dies young. By count, not by share of a size that swings between nothing and a backlog …
+                "autovacuum_vacuum_scale_factor": 0,
+                "autovacuum_vacuum_threshold": 10_000,
+                # … at full speed, for dead rows come as fast as live ones …
+                "autovacuum_vacuum_cost_delay": 0,
+                # … and never for inserts alone: freezing a backlog that is about to be deleted is work for nothing.
+                "autovacuum_vacuum_insert_threshold": -1,
+            }
+        ),
     )
 
 
@@ -162,12 +172,14 @@ def _lane(metadata: MetaData) -> None:
         Column("lease_until", DateTime(timezone=True)),  # by the database's clock; liveness only, never safety
         Column("halted", Text),  # the reason, until a person decides
         # Updated once a batch: room on the page for the new versions (HOT), so no index entry and little to vacuum.
-        postgresql_with={
-            "fillfactor": 10,
-            "autovacuum_vacuum_scale_factor": 0,
-            "autovacuum_vacuum_threshold": 1_000,
-            "autovacuum_vacuum_cost_delay": 0,
-        },
+        listeners=_storage(
+            {
+                "fillfactor": 10,
+                "autovacuum_vacuum_scale_factor": 0,
+                "autovacuum_vacuum_threshold": 1_000,
+                "autovacuum_vacuum_cost_delay": 0,
+            }
+        ),
     )
 
 
@@ -183,7 +195,7 @@ def _relay(metadata: MetaData) -> None:
         _moment("started_at"),
         _moment("seen_at"),
         # seen_at is written about once a second; no index on it, so that those updates stay on their page.
-        postgresql_with={"fillfactor": 50},
+        listeners=_storage({"fillfactor": 50}),
     )
 
 
@@ -246,5 +258,5 @@ def _inbox(metadata: MetaData) -> None:
         _moment("processed_at"),
         PrimaryKeyConstraint("consumer", "event_id"),
         # Grows without dying, then dies in bulk (Inbox.purge). By count: a share of a large table would come too late.
-        postgresql_with={"autovacuum_vacuum_scale_factor": 0, "autovacuum_vacuum_threshold": 50_000},
+        listeners=_storage({"autovacuum_vacuum_scale_factor": 0, "autovacuum_vacuum_threshold": 50_000}),
     )

@@ -33,12 +33,24 @@ class Child(Process):
             environment={"PYTHONPATH": str(ROOT), **environment},
         )
         self.status: int | None = None
-        """How it ended; None while it is meant to run."""
+        """How it ended; None while it runs."""
+        self.may_end = False
+        """Its end is no surprise."""
 
-    def start(self) -> None:
-        """Starts it, or starts it again."""
-        self.status = None
-        super().start()
+    def start(self, **more: str) -> None:
+        """Starts it, or starts it again, with `more` in its environment."""
+        self.status, self.may_end = None, False
+        usual, self._environment = self._environment, {**self._environment, **more}
+        try:
+            super().start()
+        finally:
+            self._environment = usual
+
+    def has_ended(self) -> bool:
+        """Whether it has ended by itself; then its status is kept."""
+        if not self.alive:
+            self.end(signal.SIGKILL)
+        return self.status is not None
 
     def end(self, number: signal.Signals, timeout: float = 30.0) -> None:
         """Sends it a signal, waits for its end, and keeps its exit status."""

@@ -15,11 +15,11 @@ from types import ModuleType
 from typing import Any, ClassVar, Protocol, Self
 from uuid import UUID
 
-from fastavro import parse_schema, schemaless_reader
+from fastavro import parse_schema, schemaless_reader, schemaless_writer
 
 from outbox import schemas
-from outbox.encoder import Encode, Mismatch, compile_schema, show
-from outbox.errors import DecodeError, EventTooLarge, InvalidEvent, SchemaError, UnknownEventType
+from outbox.checks import Check, compile_check, faults
+from outbox.errors import DecodeError, EventTooLarge, InvalidEvent, SchemaError, UnknownEventType, show
 from outbox.message import Event, Message, uuid7
 
 MAX_BYTES = 1_000_000
@@ -60,7 +60,8 @@ class _Record:
     fingerprint: int
     json: str
     parsed: Any
-    encode: Encode
+    expanded: Any
+    check: Check | None
     types: Mapping[str, str]  # enum symbol → event type; {"": name} without an event_type enum
     fields: frozenset[str]
     stamped: bool  # it has a `timestamp` that is one
@@ -72,7 +73,7 @@ class Catalogue:
     def __init__(self, records: Iterable[Mapping[str, Any]], *, resolver: Resolver | None = None) -> None:
         """`records`: the JSON of .avsc files that `schemas.lint` passes. SchemaError where a default does not fit."""
         self._records: dict[str, _Record] = {}
-        self._by_type: dict[str, tuple[_Record, str]] = {}
+        self._by_type: dict[str, tuple[_Record, Mapping[str, Any]]] = {}
         self._by_fingerprint: dict[int, _Record] = {}
         self._learned: dict[int, tuple[Any, _Record]] = {}
         self._classes: dict[str, type[TypedEvent]] = {}
@@ -130,25 +131,16 @@ class Catalogue:
         filled in. Raises UnknownEventType, InvalidEvent (type, field, remedy) or EventTooLarge (over `max_bytes`).
         """
         if isinstance(event, Event):
-            record, symbol = self._find(event.type)
-            data = _complete(record, symbol, event)
+            event_type = event.type
+            record, preset = self._find(event_type)
+            data = _complete(record, preset, event)
             key, topic, headers = event.key, event.topic, event.headers
         else:
             record = self._of(event)
             data = _fields(event)
+            event_type = _type_of(record, data)
             key = topic = headers = None
-        try:
-            value = record.encode(data)
-        except Mismatch as mismatch:
-            raise InvalidEvent(
-                f"{_type_of(record, data)}: field {mismatch.path or '(all)'} {mismatch.problem}"
-            ) from None
-        except RecursionError:
-            raise InvalidEvent(f"{_type_of(record, data)}: the data holds itself, or is nested too deeply") from None
-        event_type = _type_of(record, data)
-        message_id = data.get("event_id")
-        if type(message_id) is not UUID:
-            message_id = _id(record, message_id, event)
+        value = _write(record, data, event_type)
         if len(value) > max_bytes:
             raise EventTooLarge(
                 f"{event_type}: {len(value):,} bytes encoded, more than the limit of {max_bytes:,}; "
@@ -156,13 +148,11 @@ class Catalogue:
             )
         if key is None and record.key is not None:
             key = data.get(record.key, record.key_default)
-        if key is not None and not (type(key) is str and key.isascii() and "\0" not in key):
-            key = _key(key, event_type)
         return Message(
-            id=message_id,
+            id=_id(record, data.get("event_id"), event),
             type=event_type,
             topic=_topic(topic, event_type) if topic is not None else record.topic,
-            key=key,
+            key=None if key is None else _key(key, event_type),
             value=value,
             fingerprint=record.fingerprint,
             headers=_headers(headers, event_type) if headers else None,
@@ -173,7 +163,9 @@ class Catalogue:
 
         A schema that only other writers have is asked of the resolver and read as this catalogue's record of the same
         name (Avro's schema resolution). Raises DecodeError, and nothing else, for anything that is no such event;
-        what the resolver itself raises (its database is away) passes through.
+        what the resolver itself raises (its database is away) passes through. No bytes can make it take more memory
+        than some hundred times their own size, since `schemas.lint` refuses the types that would allow it; bytes that
+        were damaged, and still are some event of the schema, are read as that one.
         """
         fingerprint = _unframe(value)
         own = self._by_fingerprint.get(fingerprint)
@@ -195,7 +187,7 @@ class Catalogue:
     def learn(self, schema_json: str) -> int:
         """Take in the schema of another writer (a row of avro_schema), to decode its events; its fingerprint.
 
-        Raises SchemaError when it is no schema, or none of a record in this catalogue.
+        Raises SchemaError when it is no schema, none of a record in this catalogue, or not safe to read with.
         """
         try:
             schema = json.loads(schema_json)
@@ -204,14 +196,16 @@ class Catalogue:
             raise SchemaError(f"not an Avro schema: {type(error).__name__}: {error}") from error
         if name not in self._records:
             raise SchemaError(f"no record {name} in this catalogue to read the events as; add its .avsc")
+        schemas.expand(schema)
         self._learned[fingerprint] = (parse_schema(schema), self._records[name])
         return fingerprint
 
     def _add(self, record: _Record) -> None:
         self._records[record.name] = record
         self._by_fingerprint[record.fingerprint] = record
+        preset: dict[str, Any] = {"metadata": {}} if "metadata" in record.fields else {}
         for symbol, name in record.types.items():
-            self._by_type[name] = record, symbol
+            self._by_type[name] = record, {**preset, "event_type": symbol} if symbol else preset
 
     def _own(self, fingerprint: int) -> _Record:
         try:
@@ -219,7 +213,8 @@ class Catalogue:
         except KeyError:
             raise SchemaError(f"no schema with the fingerprint {_hex(fingerprint)} in this catalogue") from None
 
-    def _find(self, event_type: str) -> tuple[_Record, str]:
+    def _find(self, event_type: str) -> tuple[_Record, Mapping[str, Any]]:
+        """The record of an event type, and the fields that are the same for each event of it."""
         try:
             return self._by_type[event_type]
         except (KeyError, TypeError):
@@ -256,11 +251,7 @@ class Catalogue:
 def _record(schema: dict[str, Any]) -> _Record:
     name = schemas.full_name(schema)
     fields = schemas.fields(schema)
-    parsed: Any = parse_schema(schema)
-    try:
-        encode = compile_schema(parsed)
-    except Mismatch as mismatch:
-        raise SchemaError(f"{name}: the default of field {mismatch.path} {mismatch.problem}") from None
+    expanded = schemas.expand(schema)
     stamp = fields.get("timestamp", {}).get("type")
     return _Record(
         name=name,
@@ -269,12 +260,38 @@ def _record(schema: dict[str, Any]) -> _Record:
         key_default=fields.get(schema.get("key", ""), {}).get("default"),
         fingerprint=schemas.fingerprint(schema),
         json=json.dumps(schema, separators=(",", ":"), ensure_ascii=False),
-        parsed=parsed,
-        encode=encode,
+        parsed=_parsed(schema),
+        expanded=expanded,
+        check=compile_check(expanded),
         types={symbol: name for name, symbol in schemas.event_types(schema).items()},
         fields=frozenset(fields),
         stamped=isinstance(stamp, dict) and str(stamp.get("logicalType")).startswith("timestamp-"),
     )
+
+
+def _parsed(schema: dict[str, Any]) -> Any:
+    """The schema as fastavro reads and writes it, with each default as it is written: JSON has bytes as text."""
+    named: dict[str, Any] = {}
+    parsed = parse_schema(schema, named_schemas=named)
+    for record in named.values():
+        for field in record.get("fields", ()):
+            first = field["type"][0] if isinstance(field["type"], list) else field["type"]
+            kind = named.get(first, first) if isinstance(first, str) else first
+            if (kind["type"] if isinstance(kind, dict) else kind) in ("bytes", "fixed") and "default" in field:
+                field["default"] = field["default"].encode("latin-1")
+    return parsed
+
+
+def _write(record: _Record, data: Mapping[str, Any], event_type: str) -> bytes:
+    out, reason = BytesIO(), None
+    try:
+        if record.check is None or record.check(data):
+            schemaless_writer(out, record.parsed, data, strict_allow_default=True, disable_tuple_notation=True)
+            return out.getvalue()
+    except Exception as error:  # noqa: BLE001 - fastavro raises whatever its C code meets; the fields say why, below
+        reason = error
+    path, problem = next(faults(record.expanded, data), ("(all)", f"does not fit: {reason!r}"))
+    raise InvalidEvent(f"{event_type}: field {path} {problem}") from reason
 
 
 def _fields(event: TypedEvent) -> dict[str, Any]:
@@ -286,14 +303,14 @@ def _fields(event: TypedEvent) -> dict[str, Any]:
         ) from error
 
 
-def _complete(record: _Record, symbol: str, event: Event) -> dict[str, Any]:
+def _complete(record: _Record, preset: Mapping[str, Any], event: Event) -> dict[str, Any]:
     """The data of an untyped event, with what the envelope needs filled in."""
-    if not isinstance(event.data, Mapping):
+    if not isinstance(event.data, (dict, Mapping)):
         raise InvalidEvent(f"{event.type}: the data is {show(event.data)}; give a mapping of field names to values")
     if event.id is not None and not isinstance(event.id, UUID):
         raise InvalidEvent(f"{event.type}: the id is {show(event.id)}; give a UUID, or none")
-    data = dict(event.data)
-    if symbol and data.setdefault("event_type", symbol) != symbol:
+    data = {**preset, **event.data}
+    if "event_type" in preset and data["event_type"] != preset["event_type"]:
         raise InvalidEvent(
             f"{event.type}: field event_type is {show(data['event_type'])}; leave it out, the type says it"
         )
@@ -301,8 +318,6 @@ def _complete(record: _Record, symbol: str, event: Event) -> dict[str, Any]:
         _complete_id(data, event)
     if record.stamped and "timestamp" not in data:
         data["timestamp"] = datetime.now(UTC)
-    if "metadata" in record.fields and "metadata" not in data:
-        data["metadata"] = {}
     return data
 
 
@@ -322,9 +337,11 @@ def _type_of(record: _Record, data: Mapping[str, Any]) -> str:
 
 
 def _id(record: _Record, event_id: Any, event: Event | TypedEvent) -> UUID:
-    """The id of an event whose record has no event_id, or has it as text."""
+    """The record's event_id; of a record without one, the event's, or a fresh one."""
+    if isinstance(event_id, UUID):
+        return event_id
     if "event_id" in record.fields:
-        return UUID(str(event_id))
+        return UUID(event_id)
     return (event.id if isinstance(event, Event) else None) or uuid7()
 
 

@@ -10,6 +10,7 @@ import json
 import keyword
 import sys
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +26,11 @@ REGENERATE = """Do not edit: change the .avsc files and run `outbox codegen SCHE
 """
 
 PLAIN = {"null": "None", "boolean": "bool", "int": "int", "long": "int", "float": "float", "double": "float"}
-PLAIN |= {"bytes": "bytes", "string": "str"}
-LOGICAL = {"uuid": "UUID", "decimal": "Decimal", "date": "date", "time-millis": "time", "time-micros": "time"}
-LOGICAL |= {f"{local}timestamp-{unit}": "datetime" for local in ("", "local-") for unit in ("millis", "micros")}
+PLAIN |= {"bytes": "bytes", "fixed": "bytes", "string": "str"}
+LOGICAL = {"string-uuid": "UUID", "int-date": "date", "int-time-millis": "time", "long-time-micros": "time"}
+LOGICAL |= {"bytes-decimal": "Decimal", "fixed-decimal": "Decimal"}
+LOGICAL |= {f"long-{local}timestamp-{unit}": "datetime" for local in ("", "local-") for unit in ("millis", "micros")}
 IMPORTS = {
-    "annotations": "__future__",
     "Mapping": "collections.abc",
     "Sequence": "collections.abc",
     "dataclass": "dataclasses",
@@ -56,7 +57,7 @@ def generate(path: str | Path) -> str:
     """The text of the module for the .avsc files under `path`. Raises SchemaError, also for what Python cannot name."""
     files = schemas.load(path)
     module = _Module()
-    events = [module.record(schema, schemas.full_name(schema), schema) for schema in files.values()]
+    events = [module.record(schemas.expand(schema), schemas.fingerprint(schema)) for schema in files.values()]
     title = "\n".join(
         textwrap.wrap(f'"""Typed events, made by `outbox codegen` from {", ".join(f.name for f in files)}.', 118)
     )
@@ -122,8 +123,6 @@ class _Module:
     """The classes met so far, each after those it needs, and the names they use."""
 
     classes: dict[str, str] = field(default_factory=dict)
-    full_names: dict[str, str] = field(default_factory=dict)
-    kinds: dict[str, str] = field(default_factory=dict)
     definitions: dict[str, Any] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
 
@@ -131,46 +130,40 @@ class _Module:
         return "\n\n".join(self.classes.values())
 
     def imports(self) -> str:
-        groups: dict[int, dict[str, list[str]]] = {}
+        lines: dict[str, list[str]] = defaultdict(list)
         for name in sorted(self.used, key=lambda name: (name != name.upper(), name)):
-            module = IMPORTS[name]
-            groups.setdefault((module != "__future__") + module.startswith("outbox"), {}).setdefault(module, []).append(
-                name
-            )
-        return "\n".join(
-            "".join(f"from {module} import {', '.join(names)}\n" for module, names in sorted(group.items()))
-            for _, group in sorted(groups.items())
-        )
+            lines[IMPORTS[name]].append(name)
+        made = [f"from {module} import {', '.join(names)}\n" for module, names in sorted(lines.items())]
+        ours = [line for line in made if line.startswith("from outbox")]
+        return "".join([*(line for line in made if line not in ours), *(["\n"] if ours else []), *ours])
 
     def use(self, *names: str) -> None:
         self.used.update(names)
 
-    def record(self, schema: Mapping[str, Any], full: str, event: Mapping[str, Any] | None = None) -> str:
+    def record(self, schema: Mapping[str, Any], event_fingerprint: int | None = None) -> str:
         """The class of a record, with all that it needs; its name."""
-        name = self.claim(full, schema, "record")
+        name = self.claim(schema)
         if name in self.classes:
             return name
-        self.classes[name] = ""
-        space = full.rpartition(".")[0]
-        members = [self.field(member, space, event) for member in schema["fields"]]
+        envelope = event_fingerprint is not None
+        members = [self.field(member, envelope=envelope) for member in schema["fields"]]
         if len({member.name for member in members}) < len(members):
-            raise SchemaError(f"{full}: two fields would have the same name in Python; rename one")
-        del self.classes[name]  # so that it stands behind the classes its fields brought
+            raise SchemaError(f"{schema['name']}: two fields would have the same name in Python; rename one")
         self.use("dataclass", "Any", "Mapping", "Self")
-        self.classes[name] = "\n".join(self.record_lines(name, full, schema, members, event)) + "\n"
+        self.classes[name] = "\n".join(self.record_lines(name, schema, members, event_fingerprint)) + "\n"
         return name
 
     def record_lines(
-        self, name: str, full: str, schema: Mapping[str, Any], members: list[_Field], event: Mapping[str, Any] | None
+        self, name: str, schema: Mapping[str, Any], members: list[_Field], event_fingerprint: int | None
     ) -> Iterator[str]:
         yield "@dataclass(frozen=True, slots=True, kw_only=True)"
         yield f"class {name}:"
-        yield from _doc(schema.get("doc") or f"{full}.")
+        yield from _doc(schema.get("doc") or f"{schema['name']}.")
         yield ""
-        if event is not None:
+        if event_fingerprint is not None:
             self.use("ClassVar")
-            yield f'    AVRO_RECORD: ClassVar[str] = "{full}"'
-            yield f"    AVRO_FINGERPRINT: ClassVar[int] = {schemas.fingerprint(dict(event))}"
+            yield f'    AVRO_RECORD: ClassVar[str] = "{schema["name"]}"'
+            yield f"    AVRO_FINGERPRINT: ClassVar[int] = {event_fingerprint}"
             yield ""
         for member in members:
             yield f"    {member.name}: {member.type}{member.default}"
@@ -197,93 +190,66 @@ class _Module:
         yield from (f"            {member.name}={member.from_avro}," for member in members)
         yield "        )"
 
-    def field(self, member: Mapping[str, Any], space: str, event: Mapping[str, Any] | None) -> _Field:
+    def field(self, member: Mapping[str, Any], *, envelope: bool) -> _Field:
         name = str(member["name"])
         python = _field_name(name)
-        kind = self.type(member["type"], space)
+        kind = self.type(member["type"])
         return _Field(
             name=python,
             avro=name,
             type=kind,
-            default=self.default(member, kind, space, event),
+            default=self.default(member, kind, envelope=envelope),
             doc=str(member.get("doc", "")),
-            aware=self.is_timestamp(member["type"]),
-            to_avro=self.convert(member["type"], f"self.{python}", space, out=True),
-            from_avro=self.convert(member["type"], f'data["{name}"]', space, out=False),
+            aware=_is_timestamp(member["type"]),
+            to_avro=self.convert(member["type"], f"self.{python}", out=True),
+            from_avro=self.convert(member["type"], f'data["{name}"]', out=False),
         )
 
-    def type(self, schema: Any, space: str) -> str:
+    def type(self, schema: Any) -> str:
         """The Python type of an Avro type, as an annotation."""
         if isinstance(schema, list):
-            kinds = list(dict.fromkeys(self.type(branch, space) for branch in schema))
+            kinds = list(dict.fromkeys(self.type(branch) for branch in schema))
             return " | ".join(sorted(kinds, key=lambda kind: kind == "None"))
-        if isinstance(schema, str):
-            return PLAIN.get(schema) or self.reference(schema, space)
-        kind = schema["type"]
+        kind = _kind(schema)
         if kind == "array":
             self.use("Sequence")
-            return f"Sequence[{self.type(schema['items'], space)}]"
+            return f"Sequence[{self.type(schema['items'])}]"
         if kind == "map":
             self.use("Mapping")
-            return f"Mapping[str, {self.type(schema['values'], space)}]"
-        if kind in schemas.NAMED:
-            return self.named(schema, space)
-        if isinstance(kind, dict | list):
-            return self.type(kind, space)
-        return self.logical(schema) or self.type(kind, space)
+            return f"Mapping[str, {self.type(schema['values'])}]"
+        if kind == "record":
+            return self.record(schema)
+        if kind == "enum":
+            return self.enum(schema)
+        name = LOGICAL.get(f"{kind}-{schema.get('logicalType')}") if isinstance(schema, dict) else None
+        self.use(*([name] if name else []))
+        return name or PLAIN[kind]
 
-    def logical(self, schema: Mapping[str, Any]) -> str | None:
-        name = LOGICAL.get(schema.get("logicalType", ""))
-        if name and not (name == "UUID" and schema["type"] != "string"):
-            self.use(name)
-            return name
-        return None
-
-    def named(self, schema: Mapping[str, Any], space: str) -> str:
-        full = schemas.full_name({"namespace": space, **schema})
-        if schema["type"] == "enum":
-            return self.enum(schema, full)
-        if schema["type"] == "fixed":
-            self.definitions[full] = schema
-            return self.logical(schema) or "bytes"
-        return self.record(schema, full)
-
-    def reference(self, name: str, space: str) -> str:
-        full = name if "." in name else f"{space}.{name}"
-        definition = self.definitions[full]
-        if definition["type"] == "fixed":
-            return self.logical(definition) or "bytes"
-        name = full.rpartition(".")[2]
-        if not self.classes.get(name):
-            self.use("annotations")  # a record that holds itself: its class is not there yet
-        return name
-
-    def enum(self, schema: Mapping[str, Any], full: str) -> str:
-        name = self.claim(full, schema, "enum")
+    def enum(self, schema: Mapping[str, Any]) -> str:
+        name = self.claim(schema)
         if name not in self.classes:
             self.use("StrEnum")
             members = [f'    {_symbol(symbol)} = "{symbol}"' for symbol in schema["symbols"]]
-            doc = _doc(schema["doc"]) if schema.get("doc") else []
-            self.classes[name] = "\n".join([f"class {name}(StrEnum):", *doc, *([""] if doc else []), *members]) + "\n"
+            doc = [*_doc(schema["doc"]), ""] if schema.get("doc") else []
+            self.classes[name] = "\n".join([f"class {name}(StrEnum):", *doc, *members]) + "\n"
         return name
 
-    def claim(self, full: str, schema: Mapping[str, Any], kind: str) -> str:
+    def claim(self, schema: Mapping[str, Any]) -> str:
         """The class name of a named type. SchemaError where two types, or a type and the module, want one name."""
-        name = full.rpartition(".")[2]
+        full = schema["name"]
+        name = _class_name(schema)
         if name in RESERVED or keyword.iskeyword(name):
             raise SchemaError(f"{full}: the module needs the name {name} itself; rename the type in the .avsc")
-        if self.full_names.setdefault(name, full) != full:
-            raise SchemaError(
-                f"{full}: its class would have the name of {self.full_names[name]}'s; rename one of the types"
-            )
-        if self.definitions.setdefault(full, schema) != schema:
+        other = self.definitions.setdefault(name, schema)
+        if other["name"] != full:
+            raise SchemaError(f"{full}: its class would have the name of {other['name']}'s; rename one of the types")
+        if other != schema:
             raise SchemaError(f"{full} is defined twice, and differently; define it alike or rename one")
-        self.kinds[name] = kind
         return name
 
-    def default(self, member: Mapping[str, Any], kind: str, space: str, event: Mapping[str, Any] | None) -> str:
+    def default(self, member: Mapping[str, Any], kind: str, *, envelope: bool) -> str:
         """What stands behind the annotation: envelope fields make themselves, others have the schema's default."""
-        factory = _envelope(member) if event is not None else None
+        factory = _envelope(member) if envelope else None
         if factory:
             self.use("field", *({factory} & set(IMPORTS)))
             return f" = field(default_factory={factory})"
@@ -293,48 +259,40 @@ class _Module:
         if value in ([], {}) and kind.startswith(("Sequence", "Mapping")):
             self.use("field")
             return f" = field(default_factory={'list' if value == [] else 'dict'})"
-        return self.literal(value, member["type"], space)
+        return self.literal(value, member["type"])
 
-    def literal(self, value: Any, schema: Any, space: str) -> str:
+    def literal(self, value: Any, schema: Any) -> str:
         """A default that is one plain value; another (a record, a filled list) has to be given by the caller."""
-        kind = self.type(schema[0] if isinstance(schema, list) else schema, space)
+        schema = schema[0] if isinstance(schema, list) else schema
+        kind = self.type(schema)
         if value is None or (kind in ("bool", "int") and isinstance(value, int)):
             return f" = {value}"
         if kind == "float":
             return f" = {float(value)!r}"
         if kind == "str":
             return f" = {_quoted(value)}"
-        if self.kinds.get(kind) == "enum":
+        if _kind(schema) == "enum":
             return f" = {kind}.{_symbol(value)}"
         return ""
 
-    def is_timestamp(self, schema: Any) -> bool:
-        """True for what has to be an aware datetime."""
-        if isinstance(schema, list):
-            return any(self.is_timestamp(branch) for branch in schema)
-        return isinstance(schema, dict) and schema.get("logicalType") in ("timestamp-millis", "timestamp-micros")
-
-    def convert(self, schema: Any, value: str, space: str, *, out: bool) -> str:
+    def convert(self, schema: Any, value: str, *, out: bool) -> str:
         """The expression between a Python value and what Avro's writer takes (`out`) or its reader gives."""
         if isinstance(schema, list):
-            return self.convert_union(schema, value, space, out=out)
-        kind = schema["type"] if isinstance(schema, dict) else schema
-        if kind == "array" and (inner := self.convert(schema["items"], "item", space, out=out)) != "item":
+            return self.convert_union(schema, value, out=out)
+        kind = _kind(schema)
+        if kind == "array" and (inner := self.convert(schema["items"], "item", out=out)) != "item":
             return f"[{inner} for item in {value}]"
-        if kind == "map" and (inner := self.convert(schema["values"], "item", space, out=out)) != "item":
+        if kind == "map" and (inner := self.convert(schema["values"], "item", out=out)) != "item":
             return f"{{key: {inner} for key, item in {value}.items()}}"
-        if isinstance(kind, dict | list):
-            return self.convert(kind, value, space, out=out)
-        name = self.type(schema, space)
-        if self.kinds.get(name) == "record":
-            return f"{value}.to_avro()" if out else f"{name}.from_avro({value})"
-        if self.kinds.get(name) == "enum" and not out:
-            return f"{name}({value})"
+        if kind == "record":
+            return f"{value}.to_avro()" if out else f"{_class_name(schema)}.from_avro({value})"
+        if kind == "enum" and not out:
+            return f"{_class_name(schema)}({value})"
         return value
 
-    def convert_union(self, branches: list[Any], value: str, space: str, *, out: bool) -> str:
+    def convert_union(self, branches: list[Any], value: str, *, out: bool) -> str:
         rest = [branch for branch in branches if branch != "null"]
-        inner = [self.convert(branch, value, space, out=out) for branch in rest]
+        inner = [self.convert(branch, value, out=out) for branch in rest]
         if all(text == value for text in inner):
             return value
         if len(rest) > 1:
@@ -342,6 +300,21 @@ class _Module:
                 f"a union of several types with a record or an enum ({value}) has no typed form here; split it"
             )
         return inner[0] if len(branches) == 1 else f"None if {value} is None else {inner[0]}"
+
+
+def _kind(schema: Any) -> str:
+    return str(schema["type"] if isinstance(schema, dict) else schema)
+
+
+def _class_name(schema: Mapping[str, Any]) -> str:
+    return str(schema["name"]).rpartition(".")[2]
+
+
+def _is_timestamp(schema: Any) -> bool:
+    """True for what has to be an aware datetime."""
+    if isinstance(schema, list):
+        return any(_is_timestamp(branch) for branch in schema)
+    return isinstance(schema, dict) and schema.get("logicalType") in ("timestamp-millis", "timestamp-micros")
 
 
 def _envelope(member: Mapping[str, Any]) -> str | None:

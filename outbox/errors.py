@@ -16,6 +16,11 @@ Every message says what happened, to what, and what to do about it. No message h
 shown shortened.
 """
 
+from reprlib import Repr
+
+_repr = Repr()
+_repr.maxstring = _repr.maxother = 60
+
 
 class OutboxError(Exception):
     """Root of the tree: catch it to catch everything that this package raises on purpose."""
@@ -59,3 +64,8 @@ class DecodeError(OutboxError):
 
 class InvalidMessage(DecodeError):  # noqa: N818 - its base says Error, its name says which one
     """A message without a usable id: no header `ce_id`, or one that is no uuid. Names topic, partition and offset."""
+
+
+def show(value: object) -> str:
+    """A value in a message: its type, and at most about 60 characters of it."""
+    return "null" if value is None else f"{type(value).__name__} {_repr.repr(value)}"

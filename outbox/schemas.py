@@ -13,8 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from fastavro.schema import expand_schema, parse_schema, to_parsing_canonical_form
 from fastavro.schema import fingerprint as fastavro_fingerprint
-from fastavro.schema import parse_schema, to_parsing_canonical_form
 
 from outbox.errors import SchemaError
 
@@ -22,7 +22,8 @@ Schema = dict[str, Any]
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TOPIC = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")
-NAMED = ("record", "error", "enum", "fixed")
+NAMED = ("record", "enum", "fixed")
+PLAIN = frozenset({"null", "boolean", "int", "long", "float", "double", "bytes", "string"})
 
 # https://avro.apache.org/docs/1.12.0/specification/#logical-types
 LOGICAL_TYPES: Mapping[str, frozenset[str]] = {
@@ -132,8 +133,47 @@ def check(schema: Any) -> Iterator[tuple[str, str]]:
     except Exception as error:  # noqa: BLE001 - fastavro's parser also fails with KeyError, TypeError and the like
         yield full_name(schema), f"{type(error).__name__}: {error}"
         return
+    yield from _unbounded(expand_schema(schema), full_name(schema))
     yield from _check_key(schema)
     yield from _check_event_id(schema)
+
+
+def expand(schema: Schema) -> Any:
+    """The schema with every named type written out where it is used. SchemaError for what `_unbounded` finds."""
+    expanded = expand_schema(schema)
+    for where, problem in _unbounded(expanded, full_name(schema)):
+        raise SchemaError(f"{where}: {problem}")
+    return expanded
+
+
+def _unbounded(schema: Any, where: str) -> Iterator[tuple[str, str]]:
+    """(where, problem) for each type of an expanded schema that a few bytes can use to end the reading process.
+
+    fastavro's C code has no limit of depth (a type that holds itself overflows the stack, in writing too), and takes
+    the count of an array at its word. Every other value takes at least as many bytes as it has parts.
+    """
+    if isinstance(schema, list):
+        for branch in schema:
+            yield from _unbounded(branch, where)
+    elif not isinstance(schema, dict):
+        if schema not in PLAIN:
+            yield where, f"{schema} holds itself, to any depth; hold a list of its parts instead"
+    elif schema["type"] == "record":
+        for field in schema["fields"]:
+            yield from _unbounded(field["type"], f"{where}.{field['name']}")
+    elif schema["type"] in ("array", "map"):
+        inner = schema.get("items", schema.get("values"))
+        if schema["type"] == "array" and _takes_no_bytes(inner):
+            yield f"{where}[]", "the items take no bytes, so that any number of them can be claimed; store the number"
+        yield from _unbounded(inner, f"{where}[]")
+
+
+def _takes_no_bytes(schema: Any) -> bool:
+    if not isinstance(schema, dict):
+        return bool(schema == "null")
+    if schema["type"] == "record":
+        return all(_takes_no_bytes(field["type"]) for field in schema["fields"])
+    return schema["type"] == "null" or schema.get("size") == 0
 
 
 def _files(path: Path) -> list[Path]:
@@ -195,7 +235,9 @@ def _check_type(schema: Any, where: str) -> Iterator[tuple[str, str]]:
         yield where, "an enum has a list of symbols"
     if base in NAMED:
         yield from _check_names(schema, where)
-    if base in ("record", "error"):
+    if base == "error":
+        yield where, "error is for the messages of Avro's RPC; write record"
+    if base == "record":
         yield from _check_fields(schema, where)
     yield from _check_type(schema.get("items"), f"{where}[]")
     yield from _check_type(schema.get("values"), f"{where}[]")

@@ -63,6 +63,7 @@ def module(text: str, folder: Path) -> ModuleType:
     return made
 
 
+LEAF = {"type": "record", "name": "Leaf", "fields": [{"name": "kind", "type": "Kind"}]}
 ODD = [
     order(
         {"name": "event_id", "type": {"type": "string", "logicalType": "uuid"}},
@@ -85,8 +86,8 @@ ODD = [
                 "name": "Node",
                 "doc": "A very long text. " * 20,
                 "fields": [
-                    {"name": "up", "type": ["null", "Node"], "default": None},
-                    {"name": "by_name", "type": {"type": "map", "values": "Node"}},
+                    {"name": "leaf", "type": ["null", {**LEAF, "doc": "One of them."}], "default": None},
+                    {"name": "by_name", "type": {"type": "map", "values": "Leaf"}},
                 ],
             },
         },
@@ -215,7 +216,7 @@ def test_odd_names_and_types_come_back_equal(tmp_path: Path) -> None:
     folder = write(tmp_path, *ODD)
     made = module(generate(folder), tmp_path)
     catalogue = Catalogue.from_folder(folder, events=made)
-    leaf = made.Node(by_name={})
+    leaf = made.Leaf(kind=made.Kind.A)
     event = made.Order(
         class_="c",
         datetime_=datetime(2026, 1, 2, tzinfo=UTC),
@@ -224,7 +225,7 @@ def test_odd_names_and_types_come_back_equal(tmp_path: Path) -> None:
         price=made.Decimal("1.50"),
         kinds=[made.Kind.None_, None, made.Kind.title_],
         codes=b"ab",
-        tree=made.Node(up=leaf, by_name={"x": leaf}),
+        tree=made.Node(leaf=leaf, by_name={"x": leaf}),
     )
     assert (event.kind, event.either, event.text, event.ratio) == (made.Kind.A, 5, 'say "so"', 2.0)
     message = catalogue.encode(event)

@@ -76,6 +76,24 @@ def test_the_platforms_schemas_have_no_problem_and_32_event_types() -> None:
     ("changes", "said"),
     [
         (
+            {"fields": [field("tree", {"type": "record", "name": "T", "fields": [field("up", ["null", "T"])]})]},
+            "shop.Order.tree.up: shop.T holds itself, to any depth",
+        ),
+        (
+            {"fields": [field("x", {"type": "array", "items": "null"})]},
+            "shop.Order.x[]: the items take no bytes",
+        ),
+        (
+            {
+                "fields": [
+                    field("f", {"type": "record", "name": "E", "fields": [field("n", "null")]}),
+                    field("m", {"type": "map", "values": ["null", {"type": "array", "items": "E"}]}),
+                ]
+            },
+            "shop.Order.m[][]: the items take no bytes",
+        ),
+        ({"fields": [field("x", {"type": "error", "name": "E", "fields": []})]}, "error is for the messages of"),
+        (
             {"fields": [field("at", "long", logicalType="timestamp-millis")]},
             "Order.at: logicalType stands beside the type",
         ),

@@ -380,7 +380,7 @@ EVERY_KIND = Catalogue(
 @given(
     data=st.fixed_dictionaries(
         {
-            "order_id": SCALARS,
+            "order_id": KEYS,
             "int": st.integers(-(2**31), 2**31 - 1),
             "long": st.integers(-(2**63), 2**63 - 1),
             "float": st.floats(width=32, allow_nan=False),

@@ -140,8 +140,8 @@ class Play:
         doomed.start()
         found = _said(successor, "lane taken")[-1]["batch"]
         self.screen.say(
-            f"{doomed.name}, to which {relay.name} handed the lane over, killed -9 between Kafka's commit of a batch and"
-            f" its delete; {successor.name} found batch {after.batch:,} in the database and {found:,} in Kafka"
+            f"{doomed.name}, to which {relay.name} handed the lane over, killed -9 between Kafka's commit and the delete;"
+            f" {successor.name} found batch {after.batch:,} in the database and {found:,} in Kafka"
         )
         return int(found - after.batch) if status == -signal.SIGKILL else 0
 

@@ -230,12 +230,21 @@ class Queries:
             """
         )
 
+    def _rows_of(self, runs: str) -> str:
+        """The rows of lane $1 in the parameter `runs`, run by run.
+
+        OFFSET 0 keeps the planner from joining the other way round: without statistics (a new or a restored database)
+        it would read the whole lane and compare each row with each run.
+        """
+        return f"""unnest({runs}::int8multirange) AS run, LATERAL (
+                       SELECT ctid, seq, id FROM {self._schema}.outbox
+                        WHERE lane = $1 AND seq >= lower(run) AND seq < upper(run) OFFSET 0)"""
+
     async def ids(self, lane: int, runs: Runs) -> list[str]:
         """The ids of the rows that `runs` name, in seq order."""
         rows = await self._pool.fetch(
             f"""
-            SELECT id::text FROM {self._schema}.outbox, unnest($2::int8multirange) AS run
-             WHERE lane = $1 AND seq >= lower(run) AND seq < upper(run) ORDER BY seq
+            SELECT id::text FROM {self._rows_of("$2")} AS o ORDER BY seq
             """,
             lane,
             _multirange(runs),
@@ -261,8 +270,8 @@ class Queries:
                         OR set_config('synchronous_commit', 'on', true) = 'on')
                 RETURNING 1),
             gone AS (
-                DELETE FROM {self._schema}.outbox AS o USING own, unnest($4::int8multirange) AS run
-                 WHERE o.lane = $1 AND o.seq >= lower(run) AND o.seq < upper(run)),
+                DELETE FROM {self._schema}.outbox
+                 WHERE ctid = ANY (ARRAY(SELECT o.ctid FROM own, {self._rows_of("$4")} AS o))),
             moved AS (
                 DELETE FROM {self._schema}.outbox AS o USING own, unnest($5::bigint[], $6::text[]) AS p (seq, error)
                  WHERE o.lane = $1 AND o.seq = p.seq

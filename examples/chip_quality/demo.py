@@ -128,11 +128,11 @@ class Play:
         """
         relay, _, _ = self._owner_at_work()
         doomed = next(other for other in self.cast.relays if other is not relay)
-        doomed.stop()
+        _stop_cleanly(doomed)
         doomed.start(OUTBOX_FAILPOINT="commit:10")
         doomed.may_end = True
         self._until(lambda: _said(doomed, "relay started"), 10, f"{doomed.name} starts")
-        relay.stop()
+        _stop_cleanly(relay)
         self._until(doomed.has_ended, 20, f"{doomed.name} takes the lane over and dies")
         after, status = self.watch.lane(), doomed.status
         relay.start()
@@ -140,8 +140,8 @@ class Play:
         doomed.start()
         found = _said(successor, "lane taken")[-1]["batch"]
         self.screen.say(
-            f"{doomed.name}, to which {relay.name} handed the lane over, killed -9 between Kafka's commit and the delete;"
-            f" {successor.name} found batch {after.batch:,} in the database and {found:,} in Kafka"
+            f"{doomed.name}, to which {relay.name} handed the lane over, killed -9 between Kafka's commit and its"
+            f" delete; {successor.name} found batch {after.batch:,} in the database and {found:,} in Kafka"
         )
         return int(found - after.batch) if status == -signal.SIGKILL else 0
 
@@ -219,6 +219,12 @@ def _stop(children: Sequence[Child]) -> None:
     """All at once: a relay that stops alone hands its lane to the other."""
     with ThreadPoolExecutor(len(children)) as pool:
         list(pool.map(Child.stop, children))
+
+
+def _stop_cleanly(child: Child) -> None:
+    child.stop()
+    if child.status != 0:
+        raise Failed(f"{child.name} was to stop in order and ended with status {child.status}; {child.tail(15)}")
 
 
 def _said(relay: Child, event: str, since: int | None = None) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from relay.config import RelayConfig
-from relay.errors import ConfigError, EventRefused, KafkaTrouble, LaneLost, Undelivered
+from relay.errors import ConfigError, EventRefused, KafkaTrouble, LaneLost, LaneTrouble, Undelivered
 from relay.lane import PRODUCERS, Progress, parse_progress
 
 FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
@@ -80,8 +80,9 @@ class _Watch(logging.Handler):
 class Transactions:
     """A lane's two transactional producers and its progress. One instance lives as long as one hold on the lane.
 
-    Raises (every method): LaneLost when another relay opened the producers; EventRefused when Kafka refuses an event
-    for good; KafkaTrouble for all else. After any of them the instance is to be discarded.
+    Raises (every method): LaneLost when another relay opened the producers; EventRefused (`flush` of a batch begun
+    `closely`) when Kafka refuses an event for good; Undelivered when that may be so; KafkaTrouble for all else. After
+    any of them the instance is to be discarded.
     """
 
     def __init__(self, config: RelayConfig, name: str, lane: int) -> None:
@@ -142,7 +143,7 @@ class Transactions:
 
     def flush(self, batch: int) -> None:
         """Step 6, flush: every record of the batch is acknowledged when this returns."""
-        with typed("deliver a batch"):
+        with typed("deliver a batch", EventRefused):
             left = self._producers[batch % PRODUCERS].flush(self._timeout)
         if left:
             raise KafkaTrouble(f"{left} records were not acknowledged within {self._timeout:g} s")
@@ -153,13 +154,13 @@ class Transactions:
         """Step 6, progress: in the transaction, behind the events. `number`: by this id, else by the batch's own."""
         producer = self._producers[(batch if number is None else number) % PRODUCERS]
         offset = TopicPartition(control_topic(self._name), self._lane, batch, metadata)
-        with typed("write the lane's progress"):
+        with typed("write the lane's progress", Undelivered):
             producer.send_offsets_to_transaction([offset], self._group, self._timeout)
 
     def commit(self, batch: int) -> str | None:
         """Step 6, commit. Returned: why the connection was suspicious during the transaction; None when it was not."""
         producer = self._producers[batch % PRODUCERS]
-        with typed("commit a batch"):
+        with typed("commit a batch", Undelivered):
             producer.commit_transaction(self._timeout)
             producer.poll(0)  # serves the client's log
         return self._watches[batch % PRODUCERS].suspicious
@@ -168,10 +169,13 @@ class Transactions:
         """Write the progress again, in an empty transaction of each id: Kafka forgets what rests. Returned: as
         `commit`."""
         suspicious = None
-        for number in range(PRODUCERS):
-            self.begin(number)
-            self.offsets(batch, metadata, number)
-            suspicious = self.commit(number) or suspicious
+        try:
+            for number in range(PRODUCERS):
+                self.begin(number)
+                self.offsets(batch, metadata, number)
+                suspicious = self.commit(number) or suspicious
+        except Undelivered as error:  # there are no records that could be to blame
+            raise KafkaTrouble(str(error)) from error
         return suspicious
 
     def discard(self) -> None:
@@ -229,27 +233,31 @@ class _Deliveries:
             raise EventRefused(f"cannot deliver {len(events)} events of a batch: {next(iter(events.values()))}", events)
         if self._failed:
             refused = [error for error in self._failed.values() if error.code() in REFUSED]
-            raise classify("deliver a batch", (refused or list(self._failed.values()))[0])
+            raise classify("deliver a batch", (refused or list(self._failed.values()))[0], EventRefused)
 
 
 @contextmanager
-def typed(what: str) -> Iterator[None]:
-    """Turn librdkafka's errors into ours, once, here."""
+def typed(what: str, refusal: type[LaneTrouble] = KafkaTrouble) -> Iterator[None]:
+    """Turn librdkafka's errors into ours, once, here. `refusal`: as in `classify`."""
     try:
         yield
     except KafkaException as error:
-        raise classify(what, error.args[0]) from error
+        raise classify(what, error.args[0], refusal) from error
     except BufferError as error:
         raise KafkaTrouble(f"cannot {what}: the client's queue is full") from error
 
 
-def classify(what: str, error: KafkaError) -> LaneLost | EventRefused | Undelivered | KafkaTrouble:
-    """What a Kafka error means for the hold on the lane. None of the answers says whether a commit took place."""
+def classify(what: str, error: KafkaError, refusal: type[LaneTrouble] = KafkaTrouble) -> LaneTrouble:
+    """What a Kafka error means for the hold on the lane. None of the answers says whether a commit took place.
+
+    `refusal`: what it means here that something is refused for good. Only where records are handed over that is an
+    event's fault; after them the control topic or the group may be meant as well; before them nothing else can be.
+    """
     text = f"cannot {what}: {error.str()} ({error.name()})"
     if error.code() in FENCED:
         return LaneLost(text)
     if error.code() in REFUSED:
-        return EventRefused(text)
+        return refusal(text)
     if error.code() == KafkaError._INCONSISTENT:  # "failed delivery (see individual delivery reports)"
         return Undelivered(text)
     return KafkaTrouble(text)

@@ -240,6 +240,8 @@ class _Fetched:
     progress: Progress
     metadata: str
     parked: dict[int, str] = field(default_factory=dict)
+    closely: bool = False
+    """Each record's fate is asked for."""
 
     @property
     def seqs(self) -> list[int]:
@@ -341,7 +343,7 @@ class _Cycle:
             last = rows[count - 1][0]
             parked = {seq: error for seq, error in parked.items() if seq < last}
             rows = rows[:count]
-        return _Fetched(number, rows, progress, metadata, parked)
+        return _Fetched(number, rows, progress, metadata, parked, self._quarantine.closely)
 
     async def _raise_floor(self, fetched: _Fetched | None, rows: list[Any], limit: int, looked: bool) -> None:
         """Note the fetch, and read the holders of the table when that can move the floor.
@@ -376,7 +378,7 @@ class _Cycle:
             suspicious = await self._finishing[number - PRODUCERS].commit
             if suspicious is not None:  # its delayed EndTxn could end the transaction that would begin now
                 raise Recycle(suspicious)
-        with self._noting_refusal(fetched):
+        with self._noting_refusal(fetched, by_record=True):
             await self._produce(fetched)
             await self._shared.thread(self._kafka.flush, number)
         self._lane = self._lane.flushed(number)
@@ -391,25 +393,26 @@ class _Cycle:
         self._last_event = time.monotonic()
 
     @contextmanager
-    def _noting_refusal(self, fetched: _Fetched) -> Iterator[None]:
-        """Kafka's refusal may show at any call after `produce`. Not delivered, unknown why: once more, closely."""
+    def _noting_refusal(self, fetched: _Fetched, by_record: bool) -> Iterator[None]:
+        """A refusal may show at any call from `produce` on, and may be of something else than an event: such a batch is
+        produced once more, closely. Then what is said record by record is an event's fault, and nothing else is."""
         try:
             yield
-        except EventRefused as refused:
+        except (EventRefused, Undelivered) as refused:
+            if not fetched.closely:
+                self._quarantine.closely = True
+                raise Undelivered(str(refused)) from refused
+            if not by_record or isinstance(refused, Undelivered):
+                raise KafkaTrouble(str(refused)) from refused
             self._quarantine.refused(fetched.seqs, str(refused), refused.events)
-            raise
-        except Undelivered as undelivered:
-            if self._quarantine.closely:
-                raise KafkaTrouble(str(undelivered)) from undelivered
-            self._quarantine.closely = True
             raise
 
     async def _produce(self, fetched: _Fetched) -> None:
         if not self._lane.may_produce(fetched.number):
             raise IllegalStep(f"batch {fetched.number} may not be produced in {self._lane}")
-        produce = self._kafka.begin(fetched.number, self._quarantine.closely)
+        produce = self._kafka.begin(fetched.number, fetched.closely)
         for start in range(0, len(fetched.rows), YIELD_ROWS):
-            with typed("produce a batch"):
+            with typed("produce a batch", EventRefused):
                 self._records.produce(fetched.rows[start : start + YIELD_ROWS], produce)
             await asyncio.sleep(0)
         self._shared.failpoint.done(Step.PRODUCE)
@@ -421,7 +424,7 @@ class _Cycle:
             await self._finishing[number - 1].delete
         if not self._lane.may_commit(number):
             raise IllegalStep(f"batch {number} may not be committed in {self._lane}")
-        with self._noting_refusal(fetched):
+        with self._noting_refusal(fetched, by_record=False):
             suspicious = await self._shared.thread(self._commit_in_thread, number, fetched.metadata)
         self._lane = self._lane.committed(number)
         self._shared.failpoint.done(Step.COMMIT)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from confluent_kafka import KafkaException
@@ -50,6 +51,27 @@ def listeners(number: int, port: int, controller: int, voters: str, host: str = 
         "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
         "inter.broker.listener.name": "PLAINTEXT",
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """A listener of a broker for clients that come through a proxy of the test's own."""
+
+    advertised: int
+    """The port that clients are told: the proxy's, and nobody's before the test listens there."""
+    behind: int
+    """The port that the broker listens at."""
+
+
+def with_doors(properties: Mapping[str, str], doors: Sequence[Door]) -> dict[str, str]:
+    """The `properties` of `listeners`, with a listener for each door."""
+    named = [(f"DOOR{number}", door) for number, door in enumerate(doors)]
+    added = {
+        "listeners": [f"{name}://127.0.0.1:{door.behind}" for name, door in named],
+        "advertised.listeners": [f"{name}://127.0.0.1:{door.advertised}" for name, door in named],
+        "listener.security.protocol.map": [f"{name}:PLAINTEXT" for name, _ in named],
+    }
+    return {**properties, **{name: ",".join([properties[name], *more]) for name, more in added.items()}}
 
 
 def new_id() -> str:

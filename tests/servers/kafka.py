@@ -11,7 +11,17 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from tests.servers import docker
-from tests.servers.broker import VERSION, LocalBroker, ask_cluster_id, fast_start, lacks_parts, listeners, new_id
+from tests.servers.broker import (
+    VERSION,
+    Door,
+    LocalBroker,
+    ask_cluster_id,
+    fast_start,
+    lacks_parts,
+    listeners,
+    new_id,
+    with_doors,
+)
 from tests.servers.choice import Source, choose
 from tests.servers.errors import ServerError, StartFailed
 from tests.servers.process import free_port
@@ -42,17 +52,22 @@ class Kafka:
     """A Kafka cluster of our own: same data, ports and cluster id over `kill()` and `start()`.
 
     `settings` are broker properties added to `settings_for` and win over it. `heap` is the JVM's -Xmx.
-    `stop`, `kill` and `start` take one broker's number, or act on all of them.
+    `stop`, `kill` and `start` take one broker's number, or act on all of them. `doors`: so many more listeners has a
+    broker, each advertised at the port of a proxy that the test runs (`self.doors[door][broker]`, known after `start`).
     """
 
-    def __init__(self, brokers: int = 1, settings: Mapping[str, str] | None = None, *, heap: str = "768m") -> None:
+    def __init__(
+        self, brokers: int = 1, settings: Mapping[str, str] | None = None, *, heap: str = "768m", doors: int = 0
+    ) -> None:
         def lacks_docker() -> str | None:
-            return docker.lacks() if brokers == 1 else "Docker is used for one broker only"
+            return "Docker is used for one broker without doors only" if brokers > 1 or doors else docker.lacks()
 
         self._source = choose("Kafka", variable=URL_VARIABLE, local=lacks_parts, docker=lacks_docker)
         self._settings = {**settings_for(brokers), **(settings or {})}
         self._size = brokers
         self._heap = heap
+        self._doors = doors
+        self.doors: list[list[Door]] = []
         self._brokers: list[LocalBroker] | list[_DockerBroker] = []
         self.cluster_id = new_id()
         self.bootstrap = os.environ.get(URL_VARIABLE, "")
@@ -73,13 +88,17 @@ class Kafka:
         if self._source is Source.DOCKER:
             self._brokers = [_DockerBroker(ports[0][0], self._settings, self.cluster_id)]
             return
+        self.doors = [[Door(free_port(), free_port()) for _ in ports] for _ in range(self._doors)]
         options = ["-Xms256m", f"-Xmx{self._heap}", *fast_start()]
         voters = ",".join(f"{number}@127.0.0.1:{controller}" for number, (_, controller) in enumerate(ports))
         self._brokers = [
             LocalBroker(
                 number,
                 port,
-                {**listeners(number, port, controller, voters), **self._settings},
+                {
+                    **with_doors(listeners(number, port, controller, voters), [doors[number] for doors in self.doors]),
+                    **self._settings,
+                },
                 cluster_id=self.cluster_id,
                 options=options,
             )

@@ -163,7 +163,7 @@ class Site:
 
     def rows(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
         with self.connect() as connection:
-            cursor = connection.execute(sql, parameters)
+            cursor = connection.execute(sql, parameters or None)
             return cursor.fetchall() if cursor.description else []
 
     def value(self, sql: str, *parameters: Any) -> Any:

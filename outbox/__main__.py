@@ -75,6 +75,33 @@ def sql(name: str | None, lanes: int, schema: str) -> None:
     click.echo(door.sql(schema=schema, name=name, lanes=lanes), nl=False)
 
 
+@main.command()
+@click.argument("name")
+@click.argument("url", envvar="OUTBOX_DATABASE_URL", required=False)
+@click.option(
+    "--events",
+    type=click.Choice(["publish", "discard"]),
+    help="What becomes of the events that wait: a copy's are the original's.",
+)
+@_schema
+def rename(name: str, url: str | None, events: Any, schema: str) -> None:
+    """Give the outbox at URL a new NAME: a copy then lives beside its original.
+
+    Stop its relays first. Consumers see no difference but the header ce_source; the group, the control topic and the
+    transactional ids of the old name are left in Kafka.
+
+    \b
+    Example:
+      outbox rename shop-staging postgresql://postgres@localhost/shop_staging --events discard
+    """
+    from outbox import identity
+
+    if url is None:
+        raise click.UsageError("no database: give its URL, or set OUTBOX_DATABASE_URL")
+    waiting = identity.rename(url, name, schema=schema, events=events)
+    click.echo(f"the outbox in the SQL schema {schema} is {name} now; {waiting} events wait", err=True)
+
+
 @main.group("schemas")
 def schemas_group() -> None:
     """The .avsc files of a service."""

@@ -239,6 +239,8 @@ def _meta(metadata: MetaData) -> None:
         Column(
             "lanes", SmallInteger, nullable=False
         ),  # must agree with outbox.lane's expression and the rows of `lane`
+        # The database that this outbox was made in, or moved to (outbox/identity.py: HERE). A copy lies elsewhere.
+        Column("home", Text, nullable=False),
         _moment("created_at"),
         CheckConstraint("one", name="meta_one_row"),
         CheckConstraint(

@@ -242,6 +242,16 @@ class Doubt:
 Verdict = Resume | Finish | Begin | Doubt
 
 
+def foreign(outbox: UUID, progress: Progress | None) -> str | None:
+    """What to say when the progress is another outbox's than this one; None when it is not."""
+    if progress is None or progress.outbox == outbox:
+        return None
+    return (
+        f"the progress in Kafka belongs to the outbox {progress.outbox}, this database is the outbox {outbox}: two "
+        "databases use one name at one Kafka cluster. `outbox rename` gives this one a name of its own"
+    )
+
+
 def reconcile(outbox: UUID, batch: int, released: bool, progress: Progress | None) -> Verdict:
     """Step 4: compare the database (`batch`, `released`) with Kafka (`progress`, read after both fences).
 
@@ -260,12 +270,8 @@ def reconcile(outbox: UUID, batch: int, released: bool, progress: Progress | Non
             "(offsets.retention.minutes). Whether the last batch was published cannot be known from here",
             transient=True,
         )
-    if progress.outbox != outbox:
-        return Doubt(
-            f"the progress in Kafka belongs to the outbox {progress.outbox}, this database is the outbox {outbox}: two "
-            "databases use one name at one Kafka cluster",
-            transient=False,
-        )
+    if (reason := foreign(outbox, progress)) is not None:
+        return Doubt(reason, transient=False)
     if progress.batch == batch:
         return Begin(batch + 1) if released else Resume(batch)
     if progress.batch == batch + 1:

@@ -31,6 +31,13 @@ REFUSED = (
 """What waiting does not mend: a name, a password, a grant or a migration is missing."""
 
 
+_HERE = (
+    "(SELECT concat(system_identifier, '/', oid) FROM pg_control_system(), pg_database"
+    " WHERE datname = current_database())"
+)
+"""As `outbox.identity.HERE`, whose import would bring SQLAlchemy into the relay."""
+
+
 @dataclass(frozen=True, slots=True)
 class Meta:
     """What the outbox says of itself; set when it was created."""
@@ -38,6 +45,18 @@ class Meta:
     name: str
     uuid: UUID
     lanes: int
+    copied: bool = False
+    """This is not the database that the outbox lives in, but a copy of it."""
+
+    def refuse_copy(self) -> None:
+        """Raises ConfigError for a copy: with the original's name it would fence the original, and publish its
+        events."""
+        if self.copied:
+            raise ConfigError(
+                f"this database is a copy of the outbox {self.name}: `outbox rename NEW_NAME` makes it an outbox of "
+                "its own, beside the original. If the outbox has moved here, and the original never runs again: "
+                "`relay resolve --apply --adopt`"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +93,12 @@ class Queries:
         return await self._pool.fetchval(f"SELECT version_num FROM {s}.alembic_version")  # type: ignore[no-any-return]
 
     async def meta(self) -> Meta:
-        row = await self._pool.fetchrow(f"SELECT name, uuid, lanes FROM {self._schema}.meta")
+        row = await self._pool.fetchrow(f"SELECT name, uuid, lanes, home <> {_HERE} AS copied FROM {self._schema}.meta")
         if row is None:
             raise ConfigError(
                 f"{self._schema}.meta is empty: the outbox was not created by a migration. Run `outbox migrate`"
             )
-        return Meta(row["name"], UUID(bytes=row["uuid"].bytes), row["lanes"])
+        return Meta(row["name"], UUID(bytes=row["uuid"].bytes), row["lanes"], row["copied"])
 
     # ---- leases ------------------------------------------------------------------------------------------------------
 

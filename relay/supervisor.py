@@ -112,8 +112,8 @@ class Relay:
         """Work until `stop`.
 
         Raises:
-            ConfigError: the database or Kafka refuses the relay, or the outbox's tables are missing or of another
-            version.
+            ConfigError: the database or Kafka refuses the relay, the outbox's tables are missing or of another version,
+            or the database is a copy of the outbox's.
         """
         check_settings(self._config)
         pool = await self._patiently("database", lambda: connect(self._config, CONNECTIONS))
@@ -158,7 +158,9 @@ class Relay:
                 f"the outbox's tables are at revision {found}, this relay ({version('kafka-outbox')}) knows {known}: "
                 "upgrade the relay, or run `outbox migrate`"
             )
-        return await queries.meta()
+        meta = await queries.meta()
+        meta.refuse_copy()
+        return meta
 
     async def _topic(self, meta: Meta, threads: ThreadPoolExecutor) -> bool:
         """False: stopped before Kafka answered, which can take as long as `kafka_timeout`."""
@@ -270,7 +272,7 @@ class Relay:
         if error is None:
             return
         if isinstance(error, LaneHalted):
-            log.error("lane halted", lane=lane, reason=str(error))
+            log.error("lane halted", lane=lane, reason=str(error), remedy="relay resolve")
             return
         if isinstance(error, LaneLost):
             log.info("lane lost", lane=lane, reason=str(error))

@@ -114,17 +114,7 @@ class Transactions:
         Raises:
             ProgressError: what is there was not written by a relay.
         """
-        asked = TopicPartition(control_topic(self._name), self._lane)
-        with typed("read the lane's progress"):
-            try:
-                [found] = self._reader.committed([asked], self._timeout)
-            except KafkaException as error:
-                if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
-                    return None
-                raise
-            if found.error is not None:
-                raise KafkaException(found.error)
-        return parse_progress(found.offset, found.metadata or "") if found.offset >= 0 else None
+        return _progress(self._reader, self._name, self._lane, self._timeout)
 
     # ---- one batch ---------------------------------------------------------------------------------------------------
 
@@ -185,6 +175,35 @@ class Transactions:
             producer.purge(blocking=False)
         self._producers.clear()
         self._reader.close()
+
+
+def peek(config: RelayConfig, name: str, lane: int) -> Progress | None:
+    """The lane's progress as it is now, before anything is fenced: what a transaction under way will say is not waited
+    for.
+
+    Raises:
+        ProgressError, KafkaTrouble: as `Transactions.progress`.
+    """
+    settings = {"group.id": name, "isolation.level": "read_uncommitted", "enable.auto.commit": False}
+    reader = Consumer({**config.client(), **settings}, logger=_Watch().logger())
+    try:
+        return _progress(reader, name, lane, config.kafka_timeout)
+    finally:
+        reader.close()
+
+
+def _progress(reader: Consumer, name: str, lane: int, timeout: float) -> Progress | None:
+    asked = TopicPartition(control_topic(name), lane)
+    with typed("read the lane's progress"):
+        try:
+            [found] = reader.committed([asked], timeout)
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
+                return None
+            raise
+        if found.error is not None:
+            raise KafkaException(found.error)
+    return parse_progress(found.offset, found.metadata or "") if found.offset >= 0 else None
 
 
 def check_settings(config: RelayConfig) -> None:

@@ -27,6 +27,7 @@ import structlog
 
 from relay.config import RelayConfig
 from relay.errors import (
+    ConfigError,
     DatabaseTrouble,
     EventRefused,
     IllegalStep,
@@ -40,12 +41,12 @@ from relay.errors import (
 )
 from relay.failpoint import Failpoint
 from relay.floor import Floor
-from relay.lane import PRODUCERS, Begin, Doubt, Finish, Lane, Progress, Runs, Step, cut, digest_of, reconcile
+from relay.lane import PRODUCERS, Begin, Doubt, Finish, Lane, Progress, Runs, Step, cut, digest_of, foreign, reconcile
 from relay.pace import Pace
 from relay.quarantine import Quarantine
 from relay.queries import TROUBLE, Meta, Queries
 from relay.record import Records
-from relay.transaction import Transactions, typed
+from relay.transaction import Transactions, peek, typed
 
 log = structlog.get_logger("relay")
 
@@ -88,6 +89,8 @@ class LaneWorker:
         self._stopping = asyncio.Event()
         self._quarantine = Quarantine(shared.config.batch_rows)
         self._cycle: _Cycle | None = None
+        self._known = False
+        """This is the outbox's database, and the lane's progress in Kafka is its own."""
 
     @property
     def batch(self) -> int | None:
@@ -175,18 +178,36 @@ class LaneWorker:
         if not await shared.queries.lease(self.lane, shared.relay, shared.config.lease):  # 1
             raise LaneLost(f"lane {self.lane} is held by another relay, or halted")
         done(Step.LEASE)
+        if not self._known:
+            await self._look_before_fencing()
         await _both(shared.thread(kafka.fence, 0), shared.thread(kafka.fence, 1))  # 2
         done(Step.FENCE)
         try:
             progress = await shared.thread(kafka.progress)  # 3
         except ProgressError as error:
-            raise LaneHalted(f"{error}. Something else than a relay writes to the group {shared.meta.name}") from error
+            raise LaneHalted(_stranger(error, shared.meta.name)) from error
         done(Step.PROGRESS)
         row = await shared.queries.lane(self.lane)
         settled = await self._settle(kafka, row.batch, row.released, progress)  # 4
         done(Step.RECONCILE)
         self._quarantine.hold(await shared.queries.held(self.lane))
         return settled
+
+    async def _look_before_fencing(self) -> None:
+        """Once for each worker, so that a wrong database, or a wrong name, does not fence the rightful owner of the
+        lane."""
+        shared = self._shared
+        meta = await shared.queries.meta()
+        meta.refuse_copy()
+        if meta != shared.meta:
+            raise ConfigError(f"the outbox {shared.meta.name} was renamed meanwhile: start the relay anew")
+        try:
+            progress = await shared.thread(peek, shared.config, meta.name, self.lane)
+        except ProgressError as error:
+            raise LaneHalted(_stranger(error, meta.name)) from error
+        if (reason := foreign(meta.uuid, progress)) is not None:
+            raise LaneHalted(reason)
+        self._known = True
 
     async def _settle(
         self, kafka: Transactions, before: int, released: bool, progress: Progress | None
@@ -214,6 +235,10 @@ class LaneWorker:
                 raise TakeAgain(f"the batch of lane {self.lane} moved on from {before} while the lane was taken")
         assert progress is not None  # noqa: S101 -- reconcile answers Begin or Doubt for None
         return Lane(verdict.batch), progress.metadata()
+
+
+def _stranger(error: ProgressError, name: str) -> str:
+    return f"{error}. Something else than a relay writes to the group {name}"
 
 
 async def _both(one: Awaitable[None], other: Awaitable[None]) -> None:

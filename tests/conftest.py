@@ -6,6 +6,7 @@ from uuid import uuid4
 
 import pytest
 
+from outbox.identity import HERE
 from outbox.migrate import migrate
 from tests.servers import Kafka, Postgres, Server, ServerUnavailable
 from tests.servers.choice import in_ci, is_forced
@@ -82,7 +83,7 @@ def make_database(postgres: Postgres, template: Callable[[int], str]) -> Iterato
         url = postgres.create_database(name, template(lanes))
         made.append(name)
         # A copy has the template's identity, which two outboxes on one Kafka must not share.
-        postgres.execute(f"UPDATE outbox.meta SET name = '{name}', uuid = gen_random_uuid()", name)
+        postgres.execute(f"UPDATE outbox.meta SET name = '{name}', uuid = gen_random_uuid(), home = {HERE}", name)
         return url
 
     yield make

@@ -79,6 +79,7 @@ CREATE TABLE {schema}.meta (
     name       text        NOT NULL,
     uuid       uuid        NOT NULL,
     lanes      smallint    NOT NULL,
+    home       text        NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT meta_one_row CHECK (one),
     CONSTRAINT meta_name_is_legal_in_kafka
@@ -92,7 +93,9 @@ CREATE TABLE {schema}.inbox (
     PRIMARY KEY (consumer, event_id)
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50000);
 INSERT INTO {schema}.lane (lane) SELECT generate_series(0, {lanes} - 1);
-INSERT INTO {schema}.meta (name, uuid, lanes) VALUES ({name}, gen_random_uuid(), {lanes});
+INSERT INTO {schema}.meta (name, uuid, lanes, home)
+SELECT {name}, gen_random_uuid(), {lanes}, concat(system_identifier, '/', oid)
+  FROM pg_control_system(), pg_database WHERE datname = current_database();
 """
 
 LANE_OF_ONE = "0"

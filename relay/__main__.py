@@ -69,6 +69,8 @@ async def _run(relay: Relay) -> None:
 
 def _configure_logging(level: str) -> None:
     """Lines for people on a terminal, JSON elsewhere. On stderr."""
+    logging.getLogger("asyncpg").addHandler(logging.NullHandler())  # what it logs is raised as well, and logged by us
+    logging.getLogger("asyncpg").propagate = False
     terminal = sys.stderr.isatty()
     structlog.configure(
         processors=[

@@ -262,6 +262,11 @@ def typed(what: str, refusal: type[LaneTrouble] = KafkaTrouble) -> Iterator[None
         yield
     except KafkaException as error:
         raise classify(what, error.args[0], refusal) from error
+    except SystemError as error:
+        # The client calls its logger while the error that it is about to raise is already set: seen with a fatal one.
+        if not isinstance(error.__cause__, KafkaException):
+            raise
+        raise classify(what, error.__cause__.args[0]) from error
     except BufferError as error:
         raise KafkaTrouble(f"cannot {what}: the client's queue is full") from error
 

@@ -163,16 +163,8 @@ class Relay:
         return meta
 
     async def _topic(self, meta: Meta, threads: ThreadPoolExecutor) -> bool:
-        """False: stopped before Kafka answered, which can take as long as `kafka_timeout`."""
         loop = asyncio.get_running_loop()
-        call = loop.run_in_executor(threads, topics.ensure_control_topic, self._config, meta.name, meta.lanes)
-        stopped = asyncio.create_task(self._stopping.wait())
-        either: set[asyncio.Future[Any]] = {call, stopped}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        if not call.done():
-            return False
-        call.result()
+        await loop.run_in_executor(threads, topics.ensure_control_topic, self._config, meta.name, meta.lanes)
         return True
 
     async def _patiently(self, what: str, call: Callable[[], Awaitable[T]]) -> T | None:
@@ -181,7 +173,7 @@ class Relay:
         away = False
         while not self._stopping.is_set():
             try:
-                result = await call()
+                result = await self._unless_stopped(call())
             except REFUSED as error:
                 raise ConfigError(f"the database refuses the relay: {error}") from error
             except (*TROUBLE, LaneTrouble) as error:
@@ -190,10 +182,21 @@ class Relay:
                 away = True
                 await self._sleep(backoff.wait())
             else:
-                if away:
+                if away and not self._stopping.is_set():
                     log.info(f"{what} back")
                 return result
         return None
+
+    async def _unless_stopped(self, call: Awaitable[T]) -> T | None:
+        """What `call` gives, or None at `stop`: a server that does not answer may not hold up the end."""
+        task, stopped = asyncio.ensure_future(call), asyncio.ensure_future(self._stopping.wait())
+        either: set[asyncio.Future[Any]] = {task, stopped}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            for future in either:
+                future.cancel()
 
     async def _sleep(self, seconds: float) -> None:
         """Wait, but not past `stop` nor past the end of a worker."""

@@ -1,23 +1,31 @@
-"""The command `relay`. Exit codes: 0 stopped as asked, 2 the settings or the outbox's tables are wrong, 128 + n left at
-once."""
+"""The command `relay`. Exit codes: 0 stopped or done as asked, 2 the settings or the outbox's tables are wrong, 128 + n
+left at once. Those of `resolve` stand in its help."""
 
 import asyncio
 import gc
+import json
 import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import structlog
 
-from relay.config import load
-from relay.errors import ConfigError
+from relay.config import RelayConfig, load
+from relay.errors import ConfigError, LaneTrouble
 from relay.failpoint import VARIABLE, Failpoint
-from relay.supervisor import Relay
+from relay.queries import REFUSED, TROUBLE, Queries, connect
+from relay.resolve import Choice, LanePlan, Resolver, text_of
+from relay.supervisor import Relay, opened
+from relay.transaction import check_settings
 
-EXIT_CONFIG = 2
+EXIT_BLOCKED, EXIT_CONFIG, EXIT_TROUBLE = 1, 2, 3
+
+RESOLVE_SECONDS = 600.0
+"""A statement of `resolve` may take so long: it reads, or deletes, all that waits in a lane."""
 
 GC_THRESHOLD = 100_000
 """Objects made before the garbage collector looks for cycles. Python's 700 has it walk every batch a dozen times: 15 %
@@ -51,6 +59,59 @@ def run(config: Path | None) -> None:
         sys.exit(EXIT_CONFIG)
     sys.stderr.flush()
     os._exit(0)  # a call to Kafka that was abandoned may still hold a thread
+
+
+@main.command()
+@click.option("--plan/--apply", "plan_only", default=True, help="Say what would be done (the default), or do it.")
+@click.option("--lane", "lanes", type=int, multiple=True, help="Only this lane; may be given again.  [default: all]")
+@click.option("--adopt", is_flag=True, help="This database takes over the outbox's name, and is its home from now on.")
+@click.option("--accept-unknown", is_flag=True, help="Publish also events that Kafka may have had: perhaps twice.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, with every event.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="TOML file with settings; the environment goes above it."
+)
+def resolve(
+    plan_only: bool, lanes: tuple[int, ...], adopt: bool, accept_unknown: bool, as_json: bool, config: Path | None
+) -> None:
+    """Find out what halted lanes have published, and let them go on.
+
+    Reads back from Kafka which of the events that wait in the database are there. With --apply those are deleted, and
+    the lane goes on: each event is in Kafka exactly once, whatever was restored or replaced. The relays may run
+    meanwhile; lanes that are not halted are left alone. What to look at first: docs/operations.md, "A halted lane".
+
+    \b
+    Exit codes:
+      0  --apply: all these lanes go on; --plan: they would
+      1  a lane stays halted: its plan says which decision of yours it needs
+      2  the settings are wrong, or the database is a copy (see --adopt)
+      3  Kafka or the database is away, or the lane changed meanwhile; nothing is half done: try again
+    """
+    try:
+        settings = load(path=config)
+        resolved = asyncio.run(_resolve(settings, Choice(adopt, accept_unknown), lanes, apply=not plan_only))
+    except ConfigError as error:
+        click.echo(f"relay: {error}", err=True)
+        sys.exit(EXIT_CONFIG)
+    except (LaneTrouble, *TROUBLE) as error:
+        click.echo(f"relay: {str(error) or type(error).__name__}", err=True)
+        sys.exit(EXIT_TROUBLE)
+    if as_json:
+        click.echo(json.dumps({"lanes": [plan.document() for plan in resolved]}, indent=2))
+    else:
+        click.echo("\n\n".join(map(text_of, resolved)) or "no such lane is halted")
+    sys.exit(EXIT_BLOCKED if any(plan.blocked for plan in resolved) else 0)
+
+
+async def _resolve(settings: RelayConfig, choice: Choice, lanes: tuple[int, ...], *, apply: bool) -> list[LanePlan]:
+    check_settings(settings)
+    pool = await connect(replace(settings, database_timeout=max(RESOLVE_SECONDS, settings.database_timeout)), 2)
+    try:
+        queries = Queries(pool, settings.schema)
+        return await Resolver(settings, queries, await opened(queries, settings.schema), choice).run(lanes, apply)
+    except REFUSED as error:
+        raise ConfigError(f"the database refuses: {error}") from error
+    finally:
+        pool.terminate()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -5,7 +5,7 @@ Each statement is a transaction of its own. None needs session state, so all pas
 are the database's: clocks of relays play no part.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -318,6 +318,54 @@ class Queries:
             f"SELECT DISTINCT topic, key FROM {self._schema}.dead_event WHERE lane = $1 AND key IS NOT NULL", lane
         )
         return {(row["topic"], row["key"]) for row in rows}
+
+    # ---- what a person decides: relay.resolve ------------------------------------------------------------------------
+
+    async def waiting(self, lane: int) -> AsyncIterator[asyncpg.Record]:
+        """Every row of the lane in seq order, without its contents. Columns: seq, id (text), topic, created (ms since
+        1970, null for a moment that Kafka cannot tell), future (created later than now)."""
+        async with self._pool.acquire() as db, db.transaction():
+            async for row in db.cursor(
+                f"""
+                SELECT seq, id::text, topic, created_at > clock_timestamp() AS future,
+                       CASE WHEN isfinite(created_at) AND created_at >= 'epoch'
+                            THEN (date_part('epoch', created_at) * 1000)::bigint END AS created
+                  FROM {self._schema}.outbox WHERE lane = $1 ORDER BY seq
+                """,
+                lane,
+                prefetch=5_000,
+            ):
+                yield row
+
+    async def resolve(self, lane: int, before: int, batch: int, rows: Sequence[tuple[int, str]]) -> bool:
+        """Delete the `rows` (seq, id) of a halted lane, set it from batch `before` to `batch`, and let it go on; in one
+        transaction, and durable.
+
+        False: the lane is not halted, or not at `before`: nothing was done.
+        """
+        return await self._pool.fetchval(  # type: ignore[no-any-return]
+            f"""
+            WITH own AS (
+                UPDATE {self._schema}.lane SET batch = $3, released = true, halted = NULL
+                 WHERE lane = $1 AND batch = $2 AND halted IS NOT NULL
+                   AND (current_setting('synchronous_commit') <> 'off'
+                        OR set_config('synchronous_commit', 'on', true) = 'on')
+                RETURNING 1),
+            gone AS (
+                DELETE FROM {self._schema}.outbox AS o USING own, unnest($4::bigint[], $5::uuid[]) AS p (seq, id)
+                 WHERE o.lane = $1 AND o.seq = p.seq AND o.id = p.id)
+            SELECT count(*) = 1 FROM own
+            """,
+            lane,
+            before,
+            batch,
+            [seq for seq, _ in rows],
+            [id_ for _, id_ in rows],
+        )
+
+    async def adopt(self) -> None:
+        """Make this database the outbox's home."""
+        await self._pool.execute(f"UPDATE {self._schema}.meta SET home = {_HERE}")
 
 
 def _multirange(runs: Runs) -> list[asyncpg.Range[int]]:

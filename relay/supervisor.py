@@ -48,6 +48,22 @@ STEADY = 10.0
 T = TypeVar("T")
 
 
+async def opened(queries: Queries, schema: str) -> Meta:
+    """The outbox's own account of itself, once its tables are of a version that this relay knows; else ConfigError."""
+    found = await queries.version()
+    if found is None:
+        raise ConfigError(
+            f"the database has no outbox in schema {schema!r}: run `outbox migrate`, or set OUTBOX_SCHEMA"
+        )
+    if found not in KNOWN_VERSIONS:
+        known = ", ".join(KNOWN_VERSIONS)
+        raise ConfigError(
+            f"the outbox's tables are at revision {found}, this relay ({version('kafka-outbox')}) knows {known}: "
+            "upgrade the relay, or run `outbox migrate`"
+        )
+    return await queries.meta()
+
+
 class Backoff:
     """Waits that grow, drawn between half of the step and all of it."""
 
@@ -145,20 +161,7 @@ class Relay:
     # ---- start -------------------------------------------------------------------------------------------------------
 
     async def _opened(self, queries: Queries) -> Meta:
-        """The outbox's own account of itself, once its tables are of a version that this relay knows."""
-        found = await queries.version()
-        if found is None:
-            raise ConfigError(
-                f"the database has no outbox in schema {self._config.schema!r}: "
-                "run `outbox migrate`, or set OUTBOX_SCHEMA"
-            )
-        if found not in KNOWN_VERSIONS:
-            known = ", ".join(KNOWN_VERSIONS)
-            raise ConfigError(
-                f"the outbox's tables are at revision {found}, this relay ({version('kafka-outbox')}) knows {known}: "
-                "upgrade the relay, or run `outbox migrate`"
-            )
-        meta = await queries.meta()
+        meta = await opened(queries, self._config.schema)
         meta.refuse_copy()
         return meta
 

@@ -83,6 +83,14 @@ class Postgres:
         """SIGQUIT: every process ends at once, without a checkpoint; the next start recovers from the WAL."""
         self._owned().signal(signal.SIGQUIT)
 
+    def backup(self) -> Path:
+        """A copy of the stopped server's data (local only). It goes with `close()`."""
+        return self._local().backup()
+
+    def restore(self, backup: Path) -> None:
+        """The stopped server starts from this copy next, of its own data or another server's (local only)."""
+        self._local().restore(backup)
+
     def close(self) -> None:
         """Ends it for good and removes its folder."""
         if self._server is not None:
@@ -215,6 +223,16 @@ class _LocalPostgres:
         self.process.end(number)
         _wait_for_end(backends)
         wait_until_free(self.port)
+
+    def backup(self) -> Path:
+        copy = self.folder / f"backup-{len(list(self.folder.glob('backup-*')))}"
+        subprocess.run(["cp", "-a", self.data, copy], check=True)  # the owner too, which shutil leaves behind
+        return copy
+
+    def restore(self, backup: Path) -> None:
+        shutil.rmtree(self.data)
+        subprocess.run(["cp", "-a", backup, self.data], check=True)
+        self.system_identifier = None
 
     def close(self) -> None:
         if self.process.alive:

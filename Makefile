@@ -1,14 +1,17 @@
 # Every target but help makes .venv by itself, when it is missing or older than pyproject.toml.
 # `make PYTHON=python3.12 …` chooses the interpreter of a new .venv.
 PYTHON ?= python3
+MINUTES ?= 2
+SEED ?= 1
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test lint bench
+.PHONY: help demo test torture lint bench
 
 help:
 	@echo "make demo    the whole way on real servers, with faults, checked; about a minute"
 	@echo "make test    all tests on real servers; ARGS='-k inbox' is passed to pytest"
+	@echo "make torture MINUTES=2 SEED=1   every fault we can make, then all compared; the seed decides the schedule"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make bench   all benchmarks, one JSON line each; ONLY=relay,latency chooses"
 
@@ -18,6 +21,9 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/outbox codegen --check schemas examples/chip_quality/events.py
 	$(BIN)/python -m pytest $(ARGS)
+
+torture: $(READY)
+	$(BIN)/python -m tests.torture --minutes $(MINUTES) --seed $(SEED)
 
 lint: $(READY)
 	$(BIN)/ruff check .

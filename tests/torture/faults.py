@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from examples.chip_quality.stage import Child
 from tests.torture.consumer import FAILPOINT, NAME
 from tests.torture.proxy import Gate
+from tests.torture.relay import set_clock
 from tests.torture.schedule import Fault, Kind
 from tests.torture.stage import BROKERS, Failed, Relay, Stage, wait_until
 
@@ -137,7 +138,7 @@ class Faults:
         owner = self._owner()
         ahead = float(owner.clock.read_text()) + (60 + 60 * fault.seconds) * (1 if fault.form == "forward" else -1)
         size = owner.child.log.stat().st_size
-        owner.clock.write_text(str(ahead))
+        set_clock(owner.clock, ahead)
         return wait_until(lambda: b"clock jumped" in owner.child.log.read_bytes()[size:], PATIENCE)
 
     # ---- the database ------------------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from examples.chip_quality.stage import Child
 from outbox.migrate import migrate
 from tests.servers import Kafka, Postgres, running
-from tests.torture import consumer, writers
+from tests.torture import consumer, relay, writers
 from tests.torture.checker import Effects, Entry, Record
 from tests.torture.proxy import Gate, Proxies
-from tests.torture.relay import CLOCK
 from tests.torture.schedule import LEASE
 from tests.torture.trace import Trace
+from tests.torture.watch import partitions
 
 RELAYS = 3
 WRITERS = 2
@@ -159,13 +159,13 @@ def _relay(folder: Path, postgres: Postgres, kafka: Kafka, proxies: Proxies, num
     database = proxies.gate_before(_port(postgres.url()))
     brokers = [proxies.gate(door.advertised, door.behind) for door in kafka.doors[number]]
     clock = folder / f"clock-{number}"
-    clock.write_text(str(CLOCKS[number % len(CLOCKS)]))
+    relay.set_clock(clock, CLOCKS[number % len(CLOCKS)])
     environment = {
         "OUTBOX_DATABASE_URL": f"postgresql://postgres@127.0.0.1:{database.port}/service",
         "OUTBOX_KAFKA_BOOTSTRAP_SERVERS": ",".join(f"127.0.0.1:{gate.port}" for gate in brokers),
         "OUTBOX_LEASE": str(LEASE),
         "OUTBOX_LOG_LEVEL": "debug",
-        CLOCK: str(clock),
+        relay.CLOCK: str(clock),
         **SETTINGS[number % len(SETTINGS)],
     }
     return Relay(_child(folder, f"relay-{number}", "tests.torture.relay", environment), clock, database, brokers)
@@ -262,8 +262,7 @@ def records(bootstrap: str, timeout: float) -> Iterator[Record]:
             "enable.partition.eof": True,
         }
     )
-    known = reader.list_topics(timeout=timeout).topics
-    left = {(topic, number) for topic in writers.TOPICS for number in known[topic].partitions}
+    left = partitions(reader)
     reader.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for topic, number in left])
     deadline = time.monotonic() + timeout
     try:

@@ -13,6 +13,15 @@ from confluent_kafka import Consumer, TopicPartition
 from tests.torture.writers import TOPICS
 
 
+def partitions(consumer: Consumer) -> set[tuple[str, int]]:
+    """All of the topics. A broker may not have heard yet of topics that were just made: it is asked again."""
+    while True:
+        known = consumer.list_topics(timeout=30).topics
+        if all(topic in known for topic in TOPICS):
+            return {(topic, number) for topic in TOPICS for number in known[topic].partitions}
+        time.sleep(0.1)
+
+
 class Watch:
     """A `read_committed` consumer of all topics, in a thread of its own, for the length of a `with` block."""
 
@@ -60,8 +69,7 @@ class Watch:
         return max(after - before for before, after in pairwise(moments))
 
     def _read(self) -> None:
-        known = self._consumer.list_topics(timeout=30).topics
-        self._consumer.assign([TopicPartition(topic, part, 0) for topic in TOPICS for part in known[topic].partitions])
+        self._consumer.assign([TopicPartition(*place, 0) for place in partitions(self._consumer)])
         while not self._ending.is_set():
             messages = [one for one in self._consumer.consume(2000, 0.1) if one.error() is None]
             if not messages:

@@ -52,7 +52,7 @@ AWAY = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, SQ
 
 HOT = ("inspection", "quality", "raw")
 TASKS = 3
-PAUSE = 0.05
+PAUSE = 0.1
 BURST_EVENTS = 250
 
 
@@ -342,7 +342,11 @@ class Writer:
                 outer = connection.transaction(isolation=isolation)
                 await outer.start()
                 transaction = BareWay(connection, self._outbox, outer.commit, plain=way == "plain")
-                yield transaction
+                try:
+                    yield transaction
+                except ChangedMind:
+                    await outer.rollback()
+                    raise
                 await self._commit(transaction)
         except ChangedMind:
             self.done["rolled back"] += 1
@@ -392,7 +396,7 @@ class Writer:
 
     async def _burst(self) -> None:
         """2,500 events in one transaction: a backlog, which relays work off in overlapping batches."""
-        await self._pause(self._dice.uniform(6, 12))
+        await self._pause(self._dice.uniform(10, 20))
         async with self._transaction("plain") as transaction:
             for number in range(10):
                 await transaction.say(f"burst-{number}", BURST_EVENTS)

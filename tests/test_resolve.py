@@ -20,10 +20,13 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from outbox.__main__ import main as outbox_command
 from outbox.migrate import migrate
 from relay.__main__ import main as relay_command
+from relay.config import RelayConfig
+from relay.errors import LaneLost
 from relay.lane import Progress, digest_of
 from relay.queries import LaneRow, Meta
 from relay.resolve import Choice, LanePlan, Row, plan_of, text_of
-from relay.topics import Place, ReadBack
+from relay.topics import Place, ReadBack, ensure_control_topic
+from relay.transaction import Transactions
 from tests.conftest import MakeDatabase, MakeTopic, started
 from tests.relay_process import Comparison, Reader, RelayProcess, Site, compare, database_of, id_of
 from tests.servers import Kafka, Postgres
@@ -201,7 +204,7 @@ def test_a_database_restored_to_many_batches_back(site: Restorable, topic: MakeT
     assert {one["id"]: (one["topic"], one["partition"], one["offset"]) for one in plan["published"]} == {
         id_: at[id_] for id_ in waiting
     }
-    assert "3 are not in the database" in plan["warnings"][0]
+    assert "are not in the database: it has lost transactions" in plan["warnings"][0]
     assert site.ids("outbox") == waiting | new, "a plan changes nothing"
     assert site.value("SELECT halted FROM outbox.lane") is not None
 
@@ -329,18 +332,29 @@ def test_an_empty_cluster_in_the_place_of_the_old_one(make_site: Callable[..., S
 
 
 @pytest.mark.crash
-def test_progress_that_kafka_has_forgotten(make_site: Callable[..., Site], topic: MakeTopic, kafka: Kafka) -> None:
-    """What offsets.retention.minutes does in a week is done by hand. The rows of the last batch are in doubt."""
-    site, name = make_site(), topic()
+def test_progress_that_kafka_has_forgotten(site: Restorable, topic: MakeTopic, kafka: Kafka) -> None:
+    """What offsets.retention.minutes does in a week is done by hand. The rows of the last batch are in doubt; so they
+    are when the database is restored to before the resolve, whose own batch names none of them."""
+    name = topic()
     site.seed(name, 10)
     site.relay(**KILL_BEFORE_DELETE).wait()
-    waiting = ids_of(site, "outbox")
-    kafka.admin().delete_consumer_groups([site.name])[site.name].result(30)
+    waiting = site.ids("outbox")
+    forget_progress(kafka, site)
+    copy = site.backup()
     site.seed(name, 5)
     assert "offsets.retention.minutes" in halted(site)
     code, [plan] = resolve(site, "--apply")
     assert (code, published(plan), len(unpublished(plan))) == (0, waiting, 5)
-    check(site)
+    for relay in site.relays:
+        if relay.alive:
+            relay.kill()
+
+    gone = site.restore(copy)
+    published_before = set(places(site, name))
+    assert "the database is behind" in halted(site)
+    code, [plan] = resolve(site, "--apply")
+    assert (code, published(plan)) == (0, waiting)
+    check(site, gone & published_before)
 
 
 @pytest.mark.crash
@@ -353,7 +367,7 @@ def test_an_emptied_topic_keeps_what_it_had_to_itself(
     site.relay(**KILL_BEFORE_DELETE).wait()
     waiting = ids_of(site, "outbox")
     empty(kafka, name)
-    kafka.admin().delete_consumer_groups([site.name])[site.name].result(30)
+    forget_progress(kafka, site)
     halted(site)
     code, [plan] = resolve(site, "--apply")
     assert (code, plan["applied"], plan["unknown"], unpublished(plan)) == (1, False, 10, waiting)
@@ -367,17 +381,57 @@ def test_an_emptied_topic_keeps_what_it_had_to_itself(
 
 
 def empty(kafka: Kafka, topic: str) -> None:
-    for future in kafka.admin().delete_records([TopicPartition(topic, 0, -1)]).values():
-        future.result(30)
+    admin = kafka.admin()
+    admin.delete_records([TopicPartition(topic, 0, -1)])[TopicPartition(topic, 0)].result(30)
 
 
-def test_events_that_other_transactions_stand_among_are_found(
-    make_site: Callable[..., Site], topic: MakeTopic, kafka: Kafka
-) -> None:
-    """Aborted records are not taken for published ones; an open transaction of someone else holds the reading up."""
+def forget_progress(kafka: Kafka, site: Site) -> None:
+    admin = kafka.admin()
+    admin.delete_consumer_groups([site.name])[site.name].result(30)
+
+
+def test_aborted_records_are_not_taken_for_published_ones(make_site: Callable[..., Site], topic: MakeTopic) -> None:
     site, name = make_site(), topic()
     site.seed(name, 5)
     site.relay(OUTBOX_FAILPOINT="offsets:1").wait()  # its records are in the topic, and never committed
+    site.rows("UPDATE outbox.lane SET batch = batch + 10")
+    halted(site)
+    code, [plan] = resolve(site, "--apply")
+    assert (code, len(plan["published"]), len(plan["unpublished"])) == (0, 0, 5)
+    check(site)
+
+
+def test_a_relay_that_was_thought_dead_commits_nothing_that_was_taken_for_absent(
+    make_site: Callable[..., Site], topic: MakeTopic
+) -> None:
+    """It has everything but the commit behind it when the lane is resolved."""
+    site, name = make_site(), topic()
+    site.seed(name, 5)
+    [(id_, batch)] = site.rows("SELECT o.id, l.batch FROM outbox.outbox AS o, outbox.lane AS l ORDER BY seq LIMIT 1")
+    config = RelayConfig(database_url=site.url, kafka={"bootstrap.servers": site.bootstrap})
+    ensure_control_topic(config, site.name, 1)
+    zombie = Transactions(config, site.name, 0)
+    for number in range(2):
+        zombie.fence(number)
+    zombie.begin(batch + 1)(name, b"value", b"key", headers={"ce_id": str(id_)})
+    zombie.flush(batch + 1)
+    zombie.offsets(batch + 1, Progress(site.value("SELECT uuid FROM outbox.meta"), batch + 1, ()).metadata())
+    site.rows("UPDATE outbox.lane SET halted = 'by hand'")
+    code, [plan] = resolve(site, "--apply")
+    assert (code, len(plan["published"]), len(plan["unpublished"])) == (0, 0, 5)
+    with pytest.raises(LaneLost):
+        zombie.commit(batch + 1)
+    zombie.discard()
+    site.taken()
+    check(site)
+
+
+def test_what_stands_behind_an_open_transaction_of_someone_else_is_waited_for(
+    make_site: Callable[..., Site], topic: MakeTopic, kafka: Kafka
+) -> None:
+    """An open transaction of someone else holds the reading up: it waits, and says so."""
+    site, name = make_site(), topic()
+    site.seed(name, 5)
     other = Producer({"bootstrap.servers": kafka.bootstrap, "transactional.id": f"other-{uuid4()}", "log_level": 0})
     other.init_transactions()
     other.begin_transaction()

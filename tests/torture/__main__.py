@@ -7,6 +7,7 @@ otherwise. A run that fails leaves its trace and all logs in a folder, whose nam
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import statistics
@@ -117,7 +118,10 @@ class Run:
             self.problems.append(f"{what} {DRAIN_SECONDS:g} s after the last writer: {self.state()}")
 
     def state(self) -> str:
-        """What stands in the database, for whoever looks for what is stuck."""
+        """What stands in the database, for whoever looks for what is stuck. The relays log what they are at."""
+        for relay in self.stage.relays:
+            if relay.child.alive:
+                os.kill(relay.child.pid, signal.SIGUSR1)
         queries = {
             "lanes": "SELECT lane, batch, owner, lease_until - now() AS lease, halted FROM outbox.lane",
             "relays": "SELECT id, pid, now() - seen_at AS silent FROM outbox.relay",
@@ -175,7 +179,7 @@ def judge(run: Run, planned: Sequence[Fault], findings: Findings, committed: int
 
 def play(console: Console, folder: Path, trace: Trace, options: argparse.Namespace) -> bool:
     """Everything; whether all is right."""
-    planned = schedule(options.seed, options.minutes)
+    planned = [one for one in schedule(options.seed, options.minutes) if options.only in f"{one.kind}: {one.form}"]
     trace.note("planned", seed=options.seed, minutes=options.minutes, lanes=options.lanes, faults=len(planned))
     console.print(f"seed {options.seed}: {len(planned)} faults in about {options.minutes:g} minutes", highlight=False)
     with staged(folder, trace, options.seed, options.lanes) as stage, Watch(stage.kafka.bootstrap) as watch:
@@ -215,6 +219,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--lanes", type=int, default=1)
+    parser.add_argument("--only", default="", help="faults whose name holds this text, such as 'relay killed'")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C

@@ -5,8 +5,10 @@ makes of them; intervals (time.monotonic) go on, as they do on every machine who
 under 0.9.10 time.sleep of Python 3.11 fails with EINVAL.
 """
 
+import faulthandler
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -52,7 +54,8 @@ class Clock:
 
 
 def main() -> None:
-    """The process."""
+    """The process. On SIGUSR1 it says on stderr what each thread is at."""
+    faulthandler.register(signal.SIGUSR1)
     clock = Clock(Path(os.environ[CLOCK]))
     threading.Thread(target=clock.follow, daemon=True).start()
     time.time, time.time_ns = clock.time, clock.time_ns

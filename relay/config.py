@@ -49,6 +49,9 @@ KAFKA_DEFAULTS: Mapping[str, str | int | float | bool] = {
     "transaction.timeout.ms": 15_000,
     # So long a topic may be unknown before its events are refused. By default 30 s: longer than a transaction may take.
     "topic.metadata.propagation.max.ms": 10_000,
+    # A client that lost all its brokers would begin anew from bootstrap.servers, and may then wait for ever for the one
+    # it has forgotten (https://github.com/confluentinc/librdkafka/issues/5511). The relay begins anew with new clients.
+    "metadata.recovery.strategy": "none",
     # What a broker takes by default, which is more than the client's default: the broker shall be the one to refuse.
     "message.max.bytes": 1_048_588,
 }
@@ -162,9 +165,12 @@ class RelayConfig:
 
     def producer(self) -> dict[str, Any]:
         """librdkafka settings of a producer, without its transactional.id."""
+        own = {**KAFKA_DEFAULTS, **self.kafka}
         return {
-            **KAFKA_DEFAULTS,
-            **self.kafka,
+            **own,
+            # Otherwise an error that is like the last one is not logged for 30 s, and a connection that was at rest
+            # never: then a lost EndTxn would go unnoticed. Four lines more a transaction.
+            "debug": f"{own['debug']},broker" if own.get("debug") else "broker",
             "partitioner": "murmur2_random",
             "delivery.report.only.error": True,
             "log.connection.close": True,
@@ -179,6 +185,7 @@ class RelayConfig:
             "enable.sasl.",
             "bootstrap.",
             "metadata.broker.list",
+            "metadata.recovery.",
             "security.",
             "sasl.",
             "ssl.",

@@ -10,7 +10,7 @@
     └── LaneTrouble        this hold on the lane is over; the next take settles what is in doubt
         ├── LaneLost       another relay has the lane
         ├── TakeAgain      the two readings contradict each other, which a zombie's last step may explain
-        ├── Recycle        the connection was suspicious while a transaction was under way: new producers are due
+        ├── Recycle        a connection to Kafka was lost, perhaps with a request under way: new producers are due
         ├── KafkaTrouble   Kafka is away, slow, or refused something that is no event's fault
         ├── DatabaseTrouble  the same of the database
         ├── EventRefused   Kafka refuses an event for good
@@ -56,7 +56,7 @@ class TakeAgain(LaneTrouble):
 
 
 class Recycle(LaneTrouble):
-    """The connection to Kafka was suspicious while a transaction was under way (KAFKA-17754): new producers are due."""
+    """A connection to Kafka was lost, perhaps with a request under way (KAFKA-17754): new producers are due."""
 
 
 class KafkaTrouble(LaneTrouble):

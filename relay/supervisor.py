@@ -42,6 +42,9 @@ BACKOFF_FIRST, BACKOFF_MOST = 0.1, 5.0
 CONNECTIONS = 200
 """Most connections to the database. They are opened when needed: two for each lane held, and one."""
 
+THREADS = 200
+"""Most calls to Kafka at a time. Made when needed; a call that never returns keeps its own."""
+
 STEADY = 10.0
 """Seconds that a lane must be held for its last trouble to be over; a new one is said in the log again."""
 
@@ -136,7 +139,7 @@ class Relay:
         if pool is None:
             return
         queries = Queries(pool, self._config.schema)
-        threads = ThreadPoolExecutor(thread_name_prefix="kafka")
+        threads = ThreadPoolExecutor(THREADS, thread_name_prefix="kafka")
         try:
             meta = await self._patiently("database", lambda: self._opened(queries))
             if meta is None or not await self._patiently("kafka", lambda: self._topic(meta, threads)):

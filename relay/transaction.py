@@ -10,11 +10,13 @@ Traps of librdkafka 2.x, each measured (docs/design.md, "librdkafka"):
   every error ends the hold on the lane and the producers with it, so no later call is made.
 - `produce()` that raises does not poison the transaction. Same answer.
 - `commit_transaction()` may return as if nothing had been although its EndTxn was sent twice. Only the client's log
-  shows it: `_Watch` reads it, and `commit()` says so.
+  shows it, and reliably only its debug log: `_Watch` reads it, and `commit()` says so.
+- `send_offsets_to_transaction()` may never return, whatever its timeout. `relay.worker.Shared.thread` gives it up.
 - An undelivered record fails the flush or the commit; no delivery callback is needed for that.
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +25,7 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from relay.config import RelayConfig
-from relay.errors import ConfigError, EventRefused, KafkaTrouble, LaneLost, LaneTrouble, Undelivered
+from relay.errors import ConfigError, EventRefused, KafkaTrouble, LaneLost, LaneTrouble, Recycle, Undelivered
 from relay.lane import PRODUCERS, Progress, parse_progress
 
 FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
@@ -58,6 +60,9 @@ REFUSED_ALONE = frozenset(
 """Those that say it of each record of a topic; the others may be said of a whole request for one record's sake."""
 
 
+_NEVER_UP = re.compile(r"Connect to|/bootstrap: |in state (INIT|DOWN|TRY_CONNECT|CONNECT)\b")
+
+
 class _Watch(logging.Handler):
     """Reads the client's log for connections that were lost with requests under way."""
 
@@ -67,8 +72,8 @@ class _Watch(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = record.getMessage()
-        # A connection that never came up carried no request.
-        if line.startswith(("FAIL", "REQTMOUT")) and "Connect to" not in line:
+        # A connection that never came up, or only to learn the brokers' names, carried no request of a transaction.
+        if line.startswith(("FAIL", "REQTMOUT")) and not _NEVER_UP.search(line):
             self.suspicious = line
 
     def logger(self) -> logging.Logger:
@@ -107,6 +112,14 @@ class Transactions:
         with typed("open a producer of the lane"):
             self._producers[number] = producer = Producer(settings, logger=self._watches[number].logger())
             producer.init_transactions(self._timeout)
+            producer.poll(0)
+        self._watches[number].suspicious = None
+
+    def lost(self, number: int) -> str | None:
+        """Why a new producer is due for this id although it has no transaction open: a connection was lost meanwhile,
+        and the client may look for the group's coordinator where it is no more. Does not block."""
+        self._producers[number].poll(0)  # serves the client's log
+        return self._watches[number].suspicious
 
     def progress(self) -> Progress | None:
         """Step 3, after both fences: what Kafka committed for this lane. None: nothing.
@@ -121,12 +134,15 @@ class Transactions:
     def begin(self, batch: int, closely: bool = False) -> Callable[..., None]:
         """Step 6, begin: opens the transaction of `batch`. Returned: `produce` of its producer.
 
+        Raises:
+            Recycle: a connection was lost while no transaction was open.
+
         `closely`: `flush` will say what became of each record, which costs a callback for each.
         """
         producer = self._producers[batch % PRODUCERS]
         with typed("begin a transaction"):
-            producer.poll(0)  # serves what the client logged while it rested; that is not this transaction's
-            self._watches[batch % PRODUCERS].suspicious = None
+            if (lost := self.lost(batch % PRODUCERS)) is not None:
+                raise Recycle(lost)
             producer.begin_transaction()
         self._deliveries = _Deliveries(producer) if closely else None
         return self._deliveries.produce if self._deliveries else producer.produce

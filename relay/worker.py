@@ -62,6 +62,9 @@ batch."""
 FLOOR_SECONDS = 0.02
 """A reading of the table's holders costs the database 0.2 ms: not more often, unless there is a backlog."""
 
+GRACE = 5.0
+"""Seconds that a call to Kafka may take longer than its timeout allows before it is given up."""
+
 T = TypeVar("T")
 
 
@@ -76,8 +79,21 @@ class Shared:
     threads: Executor
     failpoint: Failpoint
 
-    async def thread(self, call: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.threads, call, *args)
+    async def thread(self, call: Callable[..., T], *args: Any, waits: int = 1) -> T:
+        """What `call` gives, from a thread. `waits`: how often it may wait for Kafka, `kafka_timeout` each time.
+
+        Raises:
+            KafkaTrouble: it did not return; its thread stays with it. librdkafka does not always keep its timeouts
+                (https://github.com/confluentinc/librdkafka/issues/5456).
+        """
+        future = asyncio.get_running_loop().run_in_executor(self.threads, call, *args)
+        try:
+            done, _ = await asyncio.wait([future], timeout=waits * self.config.kafka_timeout + GRACE)
+        finally:
+            future.cancel()  # without effect on one that is done
+        if not done:
+            raise KafkaTrouble(f"{getattr(call, '__name__', call)} did not return from Kafka in time")
+        return future.result()
 
 
 class LaneWorker:
@@ -228,7 +244,7 @@ class LaneWorker:
                 )
         if isinstance(verdict, Begin):
             progress = Progress(shared.meta.uuid, verdict.batch, ())
-            if (suspicious := await shared.thread(kafka.rewrite, verdict.batch, progress.metadata())) is not None:
+            if (suspicious := await _rewrite(shared, kafka, verdict.batch, progress.metadata())) is not None:
                 raise Recycle(suspicious)
         async with shared.queries.connection() as db:
             if not await shared.queries.advance(db, self.lane, before, verdict.batch, runs, {}, shared.relay):
@@ -239,6 +255,10 @@ class LaneWorker:
 
 def _stranger(error: ProgressError, name: str) -> str:
     return f"{error}. Something else than a relay writes to the group {name}"
+
+
+async def _rewrite(shared: Shared, kafka: Transactions, batch: int, metadata: str) -> str | None:
+    return await shared.thread(kafka.rewrite, batch, metadata, waits=2 * PRODUCERS)
 
 
 async def _both(one: Awaitable[None], other: Awaitable[None]) -> None:
@@ -450,7 +470,7 @@ class _Cycle:
         if not self._lane.may_commit(number):
             raise IllegalStep(f"batch {number} may not be committed in {self._lane}")
         with self._noting_refusal(fetched, by_record=False):
-            suspicious = await self._shared.thread(self._commit_in_thread, number, fetched.metadata)
+            suspicious = await self._shared.thread(self._commit_in_thread, number, fetched.metadata, waits=2)
         self._lane = self._lane.committed(number)
         self._shared.failpoint.done(Step.COMMIT)
         self._metadata = fetched.metadata
@@ -486,10 +506,14 @@ class _Cycle:
     # ---- between batches ---------------------------------------------------------------------------------------------
 
     async def _rest(self) -> None:
-        """Wait for the next fetch; while idle for long, keep what Kafka knows of the lane alive."""
+        """Wait for the next fetch; while idle, see to the connections, and for long, to what Kafka knows of the
+        lane."""
         now = time.monotonic()
+        for number in range(PRODUCERS) if not self._finishing else ():
+            if (lost := self._kafka.lost(number)) is not None:
+                raise Recycle(lost)
         if not self._finishing and now - self._last_progress > self._shared.config.keepalive:
-            suspicious = await self._shared.thread(self._kafka.rewrite, self._lane.batch, self._metadata)
+            suspicious = await _rewrite(self._shared, self._kafka, self._lane.batch, self._metadata)
             if suspicious is not None:
                 raise Recycle(suspicious)
             self._last_progress = now

@@ -220,6 +220,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--lanes", type=int, default=1)
     parser.add_argument("--only", default="", help="faults whose name holds this text, such as 'relay killed'")
+    parser.add_argument("--keep", action="store_true", help="keep the trace and all logs of a run that is right, too")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
@@ -235,7 +236,7 @@ def main() -> int:
         console.print(f"[bold red]The run failed:[/] {error}", highlight=False, soft_wrap=True)
     finally:
         trace.close()
-        if not right:
+        if options.keep or not right:
             kept = Path(tempfile.mkdtemp(prefix=f"kafka-outbox-torture-{options.seed}-"))
             shutil.copytree(folder, kept, dirs_exist_ok=True)
             print(f"The trace (trace.jsonl) and all logs are in {kept}", file=sys.stderr, flush=True)

@@ -200,9 +200,13 @@ class Faults:
         return True
 
     def _trouble_broker_link(self, fault: Fault) -> bool:
-        """Of all brokers, or of one."""
-        chosen = slice(None) if fault.count % 2 else slice(fault.count // 2 % BROKERS, fault.count // 2 % BROKERS + 1)
-        return _trouble([gate for relay in self._victims(fault) for gate in relay.brokers[chosen]], fault)
+        """Of all brokers, or of one of those that the victims are connected to."""
+        victims = self._victims(fault)
+        gates = [[relay.brokers[number] for relay in victims] for number in range(BROKERS)]
+        if fault.count % 2 == 0:
+            connected = [some for some in gates if any(gate.links for gate in some)]
+            gates = connected[fault.count // 2 % (len(connected) or 1) :][:1]
+        return _trouble([gate for some in gates for gate in some], fault)
 
     # ---- the consumer ------------------------------------------------------------------------------------------------
 

@@ -512,6 +512,13 @@ def test_decode_raises_nothing_but_decode_error_for_a_flipped_byte(place: int, b
     decode_or_refuse(GOOD[:place] + bytes([byte]) + GOOD[place + 1 :])
 
 
+@given(st.integers(0, len(GOOD)), st.integers(0, len(GOOD)), st.binary(max_size=20))
+def test_decode_raises_nothing_but_decode_error_for_what_was_cut_filled_or_doubled(
+    start: int, end: int, filling: bytes
+) -> None:
+    decode_or_refuse(GOOD[:start] + filling + GOOD[end:])
+
+
 def decode_or_refuse(value: bytes) -> None:
     for catalogue in (UNTYPED, TYPED):
         with contextlib.suppress(DecodeError):

@@ -5,17 +5,22 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from outbox import DecodeError, Inbox, InvalidMessage, MigrationError, TransactionError, UsageError, uuid7
+from outbox.inbox import id_of
 
 
 @dataclass
@@ -190,6 +195,63 @@ def test_with_a_fixed_snapshot_a_claim_committed_since_is_a_serialization_failur
         session.commit()
 
 
+@dataclass(frozen=True)
+class Consumption:
+    """A transaction that claims these events, batch by batch."""
+
+    batches: list[list[int]]
+    commits: bool
+    level: Any
+
+
+consumptions = st.builds(
+    Consumption,
+    st.lists(st.lists(st.integers(0, 7), max_size=8), min_size=1, max_size=3),
+    st.booleans(),
+    st.sampled_from(["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]),
+)
+
+AGAIN = ("40001", "40P01")
+"""Serialization failure, deadlock (of several batches in one transaction): the batches are handled again."""
+
+
+def consume(engine: sa.Engine, inbox: Inbox, events: list[Record], consumption: Consumption) -> list[int]:
+    """The events of which effect was taken, once the transaction has ended as it shall."""
+    bound = engine.execution_options(isolation_level=consumption.level)
+    while True:
+        taken: list[int] = []
+        with Session(bound) as session:
+            try:
+                for batch in consumption.batches:
+                    claimed = inbox.claim(session, [events[number] for number in batch])
+                    taken += [events.index(record) for record in claimed]
+                if not consumption.commits:
+                    session.rollback()
+                    return []
+                session.commit()
+            except sa.exc.DBAPIError as error:
+                if getattr(error.orig, "sqlstate", None) not in AGAIN:
+                    raise
+            else:
+                return taken
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(consumptions=st.lists(consumptions, min_size=2, max_size=5))
+def test_whatever_transactions_do_at_once_each_event_takes_effect_in_exactly_one_that_committed(
+    engine: sa.Engine, consumptions: list[Consumption]
+) -> None:
+    inbox, events = Inbox(f"consumer-{uuid4()}"), records(8)
+    with ThreadPoolExecutor(len(consumptions)) as pool:
+        results = pool.map(lambda one: consume(engine, inbox, events, one), consumptions)
+        taken = [number for result in results for number in result]
+    seen = {number for one in consumptions if one.commits for batch in one.batches for number in batch}
+    assert sorted(taken) == sorted(seen)
+    with Session(engine) as session:
+        left = inbox.claim(session, events)
+    assert [events.index(record) for record in left] == [number for number in range(8) if number not in seen]
+
+
 # --- Purge ---
 
 
@@ -279,6 +341,23 @@ def test_a_message_without_an_id_is_named_and_nothing_is_claimed(
         assert len(str(refused.value)) < 400
         session.commit()
     assert claimed(engine, inbox, good) == good
+
+
+header_values = st.none() | st.binary() | st.text() | st.integers() | st.uuids().map(lambda id_: str(id_).encode())
+header_lists = st.none() | st.lists(st.tuples(st.sampled_from(["ce_id", "ce_type", ""]) | st.text(), header_values))
+
+
+@given(header_lists, st.none() | st.text(), st.none() | st.integers())
+def test_whatever_the_headers_are_there_is_an_id_or_an_invalid_message(
+    headers: Any, topic: Any, place: int | None
+) -> None:
+    message: Any = SimpleNamespace(
+        headers=lambda: headers, topic=lambda: topic, partition=lambda: place, offset=lambda: place
+    )
+    with suppress(InvalidMessage):
+        found = id_of(message)
+        first = next(value for name, value in headers if name == "ce_id")
+        assert found == UUID(first.decode() if isinstance(first, bytes) else first)
 
 
 def test_autocommit_is_refused(engine: sa.Engine, inbox: Inbox) -> None:

@@ -98,6 +98,9 @@ def test_one_row_is_taken_whatever_the_limit() -> None:
     assert progress.runs == ((MAX_SEQ - 1, MAX_SEQ),)
 
 
+HEAD = OUTBOX.bytes + digest_of(())
+
+
 def packed(raw: bytes) -> str:
     return "1." + base64.b64encode(zlib.compress(raw)).decode()
 
@@ -107,7 +110,7 @@ texts = (
     | st.text().map("1.".__add__)
     | st.binary().map(lambda raw: "1." + base64.b64encode(raw).decode())
     | st.binary().map(packed)
-    | st.binary().map(lambda raw: packed(OUTBOX.bytes + raw))
+    | st.binary().map(lambda raw: packed(HEAD + raw))
 )
 
 
@@ -116,6 +119,25 @@ def test_no_text_raises_anything_but_a_progress_error(text: str) -> None:
     with suppress(ProgressError):
         progress = parse_progress(5, text)
         assert parse_progress(5, progress.metadata()) == progress
+
+
+@given(seq_sets, st.data())
+def test_a_damaged_byte_is_refused_or_makes_other_progress(seqs: set[int], data: st.DataObject) -> None:
+    text = Progress(OUTBOX, 5, runs_of(sorted(seqs))).metadata()
+    place = data.draw(st.integers(0, len(text) - 1))
+    with suppress(ProgressError):
+        parse_progress(5, text[:place] + data.draw(st.characters()) + text[place + 1 :])
+    with pytest.raises(ProgressError):
+        parse_progress(5, text[: data.draw(st.integers(0, len(text) - 1)) // 4 * 4])
+
+
+ids = st.lists(st.uuids().map(str), max_size=20)
+
+
+@given(ids, ids)
+def test_a_digest_tells_events_from_any_others_and_in_any_other_order(one: list[str], other: list[str]) -> None:
+    assert (digest_of(one) == digest_of(other)) == (one == other)
+    assert (digest_of(one) == digest_of(one[::-1])) == (one == one[::-1])
 
 
 @pytest.mark.parametrize(
@@ -128,13 +150,14 @@ def test_no_text_raises_anything_but_a_progress_error(text: str) -> None:
         pytest.param("1.====", id="not base64"),
         pytest.param("1.AAAA", id="not zlib"),
         pytest.param(packed(b"short"), id="no room for a uuid"),
+        pytest.param(packed(OUTBOX.bytes), id="no room for a digest"),
         pytest.param(packed(bytes(100 << 20)), id="a zip bomb"),
-        pytest.param(packed(OUTBOX.bytes + b"\x01"), id="half a run"),
-        pytest.param(packed(OUTBOX.bytes + b"\x01\x00"), id="an empty run"),
-        pytest.param(packed(OUTBOX.bytes + b"\x01\x80"), id="a number without end"),
-        pytest.param(packed(OUTBOX.bytes + b"\xff" * 1_000_000 + b"\x01\x01"), id="a number of 875 kB"),
-        pytest.param(packed(OUTBOX.bytes + (b"\xff" * 8 + b"\x7f\x01") * 3), id="seqs beyond a bigint"),
-        pytest.param(packed(OUTBOX.bytes + b"\x01\x03\x00\x03"), id="runs that touch"),
+        pytest.param(packed(HEAD + b"\x01"), id="half a run"),
+        pytest.param(packed(HEAD + b"\x01\x00"), id="an empty run"),
+        pytest.param(packed(HEAD + b"\x01\x80"), id="a number without end"),
+        pytest.param(packed(HEAD + b"\xff" * 1_000_000 + b"\x01\x01"), id="a number of 875 kB"),
+        pytest.param(packed(HEAD + (b"\xff" * 8 + b"\x7f\x01") * 3), id="seqs beyond a bigint"),
+        pytest.param(packed(HEAD + b"\x01\x03\x00\x03"), id="runs that touch"),
         pytest.param(Progress(OUTBOX, 5, ((1, 4),)).metadata()[:-8], id="cut short"),
     ],
 )

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -37,6 +37,9 @@ FLOW_SECONDS = 90.0
 
 DRAIN_SECONDS = 90.0
 """So long the relays, and then the consumer, may take for what is left at the end."""
+
+STUCK_SECONDS = 20.0
+"""The same in a run that has failed already."""
 
 ATTEMPTS = 3
 """A fault that did not come about is made again, so often at most."""
@@ -71,7 +74,7 @@ class Run:
 
     def _fault(self, faults: Faults, fault: Fault) -> None:
         for attempt in range(ATTEMPTS):
-            self.stage.trace.note("fault", attempt=attempt, fault=fault)
+            self.stage.trace.note("fault", attempt=attempt, **asdict(fault))
             came_about = faults.make(fault)
             self.stage.trace.note("fault over", number=fault.number, came_about=came_about)
             if came_about:
@@ -96,15 +99,19 @@ class Run:
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
-    def finish(self) -> None:
-        """Writers finish, relays drain, the consumer follows, all stop; what is stuck becomes a problem."""
+    def finish(self, patience: float) -> None:
+        """Writers finish, relays drain, the consumer follows, all stop; what is stuck becomes a problem.
+
+        `patience`: seconds that the relays, and then the consumer, may take for what is left.
+        """
         for writer in self.stage.writers:
             self._stop(writer)
         stage = self.stage
-        self._drained("the outbox is not empty", lambda: stage.number("SELECT count(*) FROM outbox.outbox") == 0)
+        waiting = "SELECT count(*) FROM outbox.outbox"
+        self._drained("the outbox is not empty", lambda: stage.number(waiting) == 0, patience)
         committed = stage.number("SELECT count(*) FROM ledger")
         query = "SELECT count(*) FROM outbox.inbox"
-        self._drained("the consumer has not all events", lambda: stage.number(query, "effects") >= committed)
+        self._drained("the consumer has not all events", lambda: stage.number(query, "effects") >= committed, patience)
         for child in [*(relay.child for relay in stage.relays), stage.consumer]:
             self._stop(child)
 
@@ -113,9 +120,9 @@ class Run:
         if child.status != 0:
             self.problems.append(f"{child.name} did not stop cleanly: exit status {child.status}\n{child.tail(15)}")
 
-    def _drained(self, what: str, ready: Callable[[], bool]) -> None:
-        if not wait_until(ready, DRAIN_SECONDS, 0.2):
-            self.problems.append(f"{what} {DRAIN_SECONDS:g} s after the last writer: {self.state()}")
+    def _drained(self, what: str, ready: Callable[[], bool], patience: float) -> None:
+        if not wait_until(ready, patience, 0.2):
+            self.problems.append(f"{what} after {patience:g} s without writers. {self.state()}")
 
     def state(self) -> str:
         """What stands in the database, for whoever looks for what is stuck. The relays log what they are at."""
@@ -187,9 +194,9 @@ def play(console: Console, folder: Path, trace: Trace, options: argparse.Namespa
         begun = time.monotonic()
         try:
             run.faults(planned)
-            run.finish()
         except Failed as failed:
             run.problems.append(str(failed))
+        run.finish(STUCK_SECONDS if run.problems else DRAIN_SECONDS)
         try:
             entries = stage.entries()
             findings = check(entries, records(stage.kafka.bootstrap, DRAIN_SECONDS), stage.effects())

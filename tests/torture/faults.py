@@ -243,6 +243,10 @@ def _trouble(gates: Sequence[Gate], fault: Fault) -> bool:
             _each(gates, lambda gate: gate.hold())
         case "answers held, then cut":
             _each(gates, lambda gate: gate.hold(requests=False))
+        case "cut":  # again and again: a single one seldom meets a commit
+            for _ in range(fault.count % 10):
+                _each(gates, Gate.cut)
+                time.sleep(fault.seconds / 10)
     if fault.form != "cut":
         time.sleep(fault.seconds * 2)
     if "cut" in fault.form:

@@ -86,19 +86,19 @@ _REACHING = (Kind.RELAY_KILLED, Kind.RELAY_FROZEN, Kind.DATABASE_LINK, Kind.BROK
 
 _COST: Mapping[Kind, float] = {
     Kind.RELAY_KILLED: 6,
-    Kind.RELAY_STEP: 7,
-    Kind.RELAY_FROZEN: 8,
-    Kind.RELAY_STOPPED: 3,
+    Kind.RELAY_STEP: 9,
+    Kind.RELAY_FROZEN: 9,
+    Kind.RELAY_STOPPED: 4,
     Kind.CLOCK: 2,
-    Kind.LEASE_TAMPERED: 3,
+    Kind.LEASE_TAMPERED: 2,
     Kind.DATABASE_CRASHED: 6,
-    Kind.DATABASE_LINK: 6,
-    Kind.BROKER_KILLED: 10,
-    Kind.BROKERS_DOWN: 12,
-    Kind.BROKER_LINK: 6,
-    Kind.CONSUMER_KILLED: 3,
+    Kind.DATABASE_LINK: 8,
+    Kind.BROKER_KILLED: 12,
+    Kind.BROKERS_DOWN: 24,
+    Kind.BROKER_LINK: 8,
+    Kind.CONSUMER_KILLED: 4,
 }
-"""Seconds that one takes until events flow again, as measured on two cores: by it a run is filled, whatever the
+"""Seconds that one takes until events flow again, as measured on two busy cores: by it a run is filled, whatever the
 machine."""
 
 

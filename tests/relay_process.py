@@ -187,7 +187,7 @@ class Site:
         self.relays.append(relay)
         return relay
 
-    def taken(self, lane: int = 0, **environment: str) -> RelayProcess:
+    def taken(self, lane: int = 0, /, **environment: str) -> RelayProcess:
         """A relay that holds `lane`."""
         relay = self.relay(**environment)
         relay.wait_for("lane taken", lane=lane)

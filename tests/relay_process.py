@@ -360,10 +360,10 @@ def _disordered(
             last[topic, key] = max(before, seq)
 
 
-def check_exactly_once(site: Site) -> list[Message]:
+def check_exactly_once(site: Site, parked: int = 0) -> list[Message]:
     """Settle, then: nothing lost, doubled, stray or out of its key's order, and the outbox is empty.
 
-    All messages are returned.
+    `parked`: so many events are in dead_event, no more and no less. All messages are returned.
     """
     site.settle()
     with Reader(site.bootstrap, site.topics()) as reader:
@@ -373,6 +373,8 @@ def check_exactly_once(site: Site) -> list[Message]:
     assert found == Comparison(set(), set(), set(), []), f"{found}\nRelays:\n{logs}"
     left = site.value("SELECT count(*) FROM outbox.outbox")
     assert left == 0, f"{left} rows were left in the outbox. Relays:\n{logs}"
+    dead = site.rows("SELECT topic, key, error FROM outbox.dead_event")
+    assert len(dead) == parked, f"parked: {dead}. Relays:\n{logs}"
     return messages
 
 

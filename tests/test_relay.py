@@ -410,7 +410,7 @@ def test_an_event_too_large_for_its_topic_is_parked_with_what_follows_it_and_oth
     relay.wait_for("events parked")
     add(site, name, key="poison", value=b"follows later")
     add(site, name, key="sound", value=b"goes on")
-    assert len(check_exactly_once(site)) == 601
+    assert len(check_exactly_once(site, parked=3)) == 601
     first, *others = dead(site)
     assert "MSG_SIZE_TOO_LARGE" in first[2]
     assert [(one, key) for one, key, _ in (first, *others)] == [(name, "poison")] * 3
@@ -428,8 +428,7 @@ def test_the_held_keys_are_held_by_the_next_relay_too(site: Site, topic: MakeTop
     add(site, name, key="poison", value=b"follows")
     add(site, name, key="sound")
     site.taken()
-    assert len(check_exactly_once(site)) == 1
-    assert len(dead(site)) == 2
+    assert len(check_exactly_once(site, parked=2)) == 1
 
 
 @pytest.mark.parametrize("unknown", ["nowhere", "", "no topic", "x" * 300])
@@ -443,7 +442,7 @@ def test_events_of_a_topic_that_is_not_there_are_parked_and_the_others_go_on(
     add(site, unknown, key=None)
     site.seed(name, 100)
     relay = site.taken(**QUICK)
-    assert len(check_exactly_once(site)) == 200
+    assert len(check_exactly_once(site, parked=3)) == 200
     assert [(one, key) for one, key, _ in dead(site)] == [(unknown, "a"), (unknown, "b"), (unknown, None)]
     assert not relay.said("lane in trouble"), relay.text
 
@@ -467,7 +466,7 @@ def test_rows_that_no_record_can_be_made_of_are_parked_and_the_others_go_on(
     add(site, name, key="poison", **columns)
     site.seed(name, 20)
     site.taken()
-    assert len(check_exactly_once(site)) == 40
+    assert len(check_exactly_once(site, parked=1)) == 40
     assert [key for _, key, _ in dead(site)] == ["poison"]
 
 
@@ -477,15 +476,13 @@ def test_many_poisoned_events_are_all_parked(site: Site, topic: MakeTopic) -> No
         site.seed(name, 20)
         add(site, name, key=f"poison-{number}", value=os.urandom(50_000))
     site.taken()
-    assert len(check_exactly_once(site)) == 60
-    assert len(dead(site)) == 3
+    assert len(check_exactly_once(site, parked=3)) == 60
 
 
 def test_an_event_that_a_service_may_write_is_not_too_large_for_the_client(site: Site, topic: MakeTopic) -> None:
     add(site, topic(), value=os.urandom(1_000_000), fingerprint=1, headers='{"traceparent": "%s"}' % ("x" * 500))
     site.taken()
     assert len(check_exactly_once(site)) == 1
-    assert dead(site) == []
 
 
 def test_a_topic_smaller_than_the_client_s_batches_parks_nothing(site: Site, topic: MakeTopic) -> None:
@@ -493,7 +490,6 @@ def test_a_topic_smaller_than_the_client_s_batches_parks_nothing(site: Site, top
     site.seed(topic(config={"max.message.bytes": "3000"}), 60)
     site.taken()
     assert len(check_exactly_once(site)) == 60
-    assert dead(site) == []
 
 
 # ---- halting ---------------------------------------------------------------------------------------------------------

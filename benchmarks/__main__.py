@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from benchmarks import drain, idle, inbox, latency, write
+from benchmarks import drain, idle, inbox, latency, transaction, write
 from benchmarks.stage import Stage, say
 
 
@@ -27,6 +27,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "inbox": Benchmark(inbox.inbox, inbox.FULL, inbox.QUICK),
     "relay": Benchmark(drain.relay, drain.RELAY, drain.RELAY_QUICK),
     "latency": Benchmark(latency.latency, latency.FULL, latency.QUICK),
+    "transaction": Benchmark(transaction.transaction, transaction.FULL, transaction.QUICK),
     "held-snapshot": Benchmark(drain.held_snapshot, drain.HELD, drain.HELD_QUICK),
     "idle": Benchmark(idle.idle, idle.FULL, idle.QUICK),
 }

@@ -75,6 +75,7 @@ def report(results: Mapping[str, Result]) -> str:
     details = {
         "relay": _relay,
         "latency": _loads,
+        "transaction": _transaction,
         "held-snapshot": _held,
         "write": _write,
         "inbox": _inbox,
@@ -181,6 +182,16 @@ def _inbox(result: Result) -> str:
     ]
     head = ("claims by", "new events/s", "known events/s", "CPU s")
     return f"Inbox, {result['events']:,} events in batches of {result['batch']}:\n\n" + table(head, rows)
+
+
+def _transaction(result: Result) -> str:
+    rows = [
+        (step, *(f"{one[name]:g}" for name in ("p50_ms", "p95_ms", "p99_ms", "max_ms")))
+        for step, one in result["steps"].items()
+    ]
+    return f"A bare Kafka transaction, {result['transactions']:,} of them, ms:\n\n" + table(
+        ("step", "p50", "p95", "p99", "longest"), rows
+    )
 
 
 def _idle(result: Result) -> str:

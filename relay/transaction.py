@@ -15,7 +15,6 @@ Traps of librdkafka 2.x, each measured (docs/design.md, "librdkafka"):
 - An undelivered record fails the flush or the commit; no delivery callback is needed for that.
 """
 
-import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,23 +62,19 @@ REFUSED_ALONE = frozenset(
 _NEVER_UP = re.compile(r"Connect to|/bootstrap: |in state (INIT|DOWN|TRY_CONNECT|CONNECT)\b")
 
 
-class _Watch(logging.Handler):
-    """Reads the client's log for connections that were lost with requests under way."""
+class _Watch:
+    """Reads the client's log for connections that were lost with requests under way. In place of a logging.Logger: the
+    client calls nothing but `log`, several times a transaction."""
 
     def __init__(self) -> None:
-        super().__init__(logging.DEBUG)
         self.suspicious: str | None = None
 
-    def emit(self, record: logging.LogRecord) -> None:
-        line = record.getMessage()
+    def log(self, _level: int, line: str, *values: object) -> None:
+        """What the client says, as logging.Logger.log takes it: `values` are (facility, client, text)."""
+        text = line % values if values else line
         # A connection that never came up, or only to learn the brokers' names, carried no request of a transaction.
-        if line.startswith(("FAIL", "REQTMOUT")) and not _NEVER_UP.search(line):
-            self.suspicious = line
-
-    def logger(self) -> logging.Logger:
-        logger = logging.Logger("librdkafka", logging.DEBUG)
-        logger.addHandler(self)
-        return logger
+        if text.startswith(("FAIL", "REQTMOUT")) and not _NEVER_UP.search(text):
+            self.suspicious = text
 
 
 class Transactions:
@@ -99,7 +94,7 @@ class Transactions:
         self._deliveries: _Deliveries | None = None
         self._watches = [_Watch() for _ in range(PRODUCERS)]
         settings = {"group.id": name, "isolation.level": "read_committed", "enable.auto.commit": False}
-        self._reader = Consumer({**config.client(), **settings}, logger=_Watch().logger())
+        self._reader = Consumer({**config.client(), **settings}, logger=_Watch())
         # A group that no one joins: the metadata of a consumer that never subscribed carries no generation.
         self._group = self._reader.consumer_group_metadata()
 
@@ -110,7 +105,7 @@ class Transactions:
         nothing."""
         settings = {**self._config.producer(), "transactional.id": f"{self._name}.{self._lane}.{number}"}
         with typed("open a producer of the lane"):
-            self._producers[number] = producer = Producer(settings, logger=self._watches[number].logger())
+            self._producers[number] = producer = Producer(settings, logger=self._watches[number])
             producer.init_transactions(self._timeout)
             producer.poll(0)
         self._watches[number].suspicious = None
@@ -201,7 +196,7 @@ def peek(config: RelayConfig, name: str, lane: int) -> Progress | None:
         ProgressError, KafkaTrouble: as `Transactions.progress`.
     """
     settings = {"group.id": name, "isolation.level": "read_uncommitted", "enable.auto.commit": False}
-    reader = Consumer({**config.client(), **settings}, logger=_Watch().logger())
+    reader = Consumer({**config.client(), **settings}, logger=_Watch())
     try:
         return _progress(reader, name, lane, config.kafka_timeout)
     finally:
@@ -229,8 +224,8 @@ def check_settings(config: RelayConfig) -> None:
         ConfigError: with librdkafka's words.
     """
     try:
-        Producer({**config.producer(), "transactional.id": "check"}, logger=_Watch().logger())
-        Consumer({**config.client(), "group.id": "check"}, logger=_Watch().logger()).close()
+        Producer({**config.producer(), "transactional.id": "check"}, logger=_Watch())
+        Consumer({**config.client(), "group.id": "check"}, logger=_Watch()).close()
     except KafkaException as error:
         raise ConfigError(f"a Kafka setting cannot be used: {error.args[0].str()}") from error
 

@@ -336,10 +336,11 @@ class _Cycle:
                 self._raise_failure()
                 await self._room()
                 fetched = await self._fetch()
+                if fetched is not None:
+                    await self._publish(fetched)
+                await self._read_holders(len(fetched.rows) if fetched else 0)
                 if fetched is None:
                     await self._rest()
-                else:
-                    await self._publish(fetched)
             await self._drain()
         finally:
             await self._cancel()
@@ -373,7 +374,7 @@ class _Cycle:
         )
         shared.failpoint.done(Step.FETCH)
         fetched = self._cut(rows) if rows else None
-        await self._raise_floor(fetched, rows, limit, looked=bool(rows) or self._lane.batch == batch)
+        self._raise_floor(fetched, rows, limit, looked=bool(rows) or self._lane.batch == batch)
         return fetched
 
     def _cut(self, rows: list[Any]) -> _Fetched:
@@ -390,8 +391,8 @@ class _Cycle:
             rows = rows[:count]
         return _Fetched(number, rows, progress, metadata, parked, self._quarantine.closely)
 
-    async def _raise_floor(self, fetched: _Fetched | None, rows: list[Any], limit: int, looked: bool) -> None:
-        """Note the fetch, and read the holders of the table when that can move the floor.
+    def _raise_floor(self, fetched: _Fetched | None, rows: list[Any], limit: int, looked: bool) -> None:
+        """Note the fetch.
 
         `looked`: False when a batch was deleted during a fetch that brought nothing. Two may have been, and then the
         statement refused to look.
@@ -403,8 +404,11 @@ class _Cycle:
             taken = len(fetched.rows) + len(fetched.parked)
             complete = taken == len(rows) < limit and not self._full(rows)
             self._floor.fetched(last, complete)
+
+    async def _read_holders(self, rows: int) -> None:
+        """Read who holds the table when that can move the floor. Behind the batch, which it would delay."""
         now = time.monotonic()
-        if self._floor.due() and (len(rows) >= AHEAD_ROWS or now - self._floor_read >= FLOOR_SECONDS):
+        if self._floor.due() and (rows >= AHEAD_ROWS or now - self._floor_read >= FLOOR_SECONDS):
             self._floor.read(await self._shared.queries.holders(self._reading))
             self._floor_read = now
 

@@ -34,7 +34,10 @@ TICK = 0.5
 """Seconds between two looks at the lanes. A standby takes over a lane that was released within this time."""
 
 HEARTBEAT = 10.0
-"""Seconds between two signs of life of a relay; one that is silent for three of them counts no more."""
+"""Seconds between two signs of life of a relay."""
+
+FORGET = HEARTBEAT * 3
+"""Seconds of silence after which a relay counts no more when lanes are shared out."""
 
 BACKOFF_FIRST, BACKOFF_MOST = 0.1, 5.0
 """Seconds before the first retry, and at most. It doubles in between, with jitter, for ever."""
@@ -109,6 +112,7 @@ class Relay:
         self._relays = 1
         self._next_heartbeat = self._next_renewal = 0.0
         self._waiting_since: float | None = None
+        self._keep_until = 0.0  # lanes that nobody came for are not handed back to a relay that is dead, but counts yet
 
     def stop(self) -> None:
         """Finish the batches under way, release the lanes, return from `run`."""
@@ -223,15 +227,19 @@ class Relay:
             self._next_renewal = now + self._config.lease / 3
         if now >= self._next_heartbeat:
             self._relays = await shared.queries.heartbeat(
-                self._id, socket.gethostname(), os.getpid(), version("kafka-outbox"), HEARTBEAT * 3
+                self._id, socket.gethostname(), os.getpid(), version("kafka-outbox"), FORGET
             )
             self._next_heartbeat = now + HEARTBEAT
         before = {lane: held.worker.batch for lane, held in self._held.items()}
         lanes = await shared.queries.lanes()
         self._compare(before, lanes)
-        decided = plan(lanes, self._held, self._relays, self._waited(lanes, now), self._config.lease)
-        for lane in decided.give:
-            self._held[lane].worker.stop()
+        waited = self._waited(lanes, now)
+        decided = plan(lanes, self._held, self._relays, waited, self._config.lease)
+        if decided.take and waited > self._config.lease:
+            self._keep_until = now + FORGET
+        if now >= self._keep_until:
+            for lane in decided.give:
+                self._held[lane].worker.stop()
         for lane in decided.take:
             if now >= self._troubles.get(lane, _NO_TROUBLE).not_before:
                 self._start(shared, lane)

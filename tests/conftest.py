@@ -109,11 +109,13 @@ def topic(kafka: Kafka) -> MakeTopic:
 
 @pytest.hookimpl(trylast=True)  # after pytest-randomly, whose order is kept within each rank
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests without a server first, those that kill something last."""
+    """Tests without a server first, those that kill something last, and at the very end the one that waits a minute."""
     items.sort(key=_rank)
 
 
 def _rank(item: pytest.Item) -> int:
+    if item.get_closest_marker("patient"):
+        return 3
     if item.get_closest_marker("crash"):
         return 2
     return 1 if {"postgres", "kafka"} & set(getattr(item, "fixturenames", ())) else 0

@@ -12,10 +12,11 @@ import psycopg
 import pytest
 from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException
 
+from outbox.migrate import migrate
 from relay.lane import Step
 from tests.conftest import MakeDatabase, MakeTopic, started
 from tests.relay_process import Reader, RelayProcess, Site, check_exactly_once, compare, id_of
-from tests.servers import Kafka
+from tests.servers import Kafka, Postgres
 
 pytestmark = pytest.mark.crash
 
@@ -133,6 +134,33 @@ def _holder(relays: list[RelayProcess], site: Site) -> int:
     return next((place for place, relay in enumerate(relays) if relay.pid in owners), 0)
 
 
+def test_the_lanes_of_a_killed_relay_are_taken_and_kept(
+    make_database: MakeDatabase, kafka: Kafka, topic: MakeTopic
+) -> None:
+    """The dead one counts as a relay for a while; its share must not be handed back to it."""
+    name = topic(4)
+    with Site(make_database(4), kafka.bootstrap, **SHORT) as site:
+        relays = [site.relay() for _ in range(2)]
+        for relay in relays:
+            relay.wait_for("lane taken", count=2)
+        site.seed(name, 1_000)
+        site.wait_until_published()
+        survivor = relays[1]
+        before, taken = len(survivor.lines), len(survivor.said("lane taken"))
+        relays[0].kill()
+        survivor.wait_for("lane taken", count=taken + 4 - _held(site, survivor))
+        for _ in range(8):
+            site.seed(name, 1_000)
+            site.wait_until_published()
+        assert _held(site, survivor) == 4
+        assert not [line for line in survivor.lines[before:] if line["event"] == "lane released"], survivor.text
+        check_exactly_once(site)
+
+
+def _held(site: Site, relay: RelayProcess) -> int:
+    return int(site.value("SELECT count(*) FROM outbox.lane JOIN outbox.relay ON owner = id WHERE pid = %s", relay.pid))
+
+
 # ---- zombies ---------------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +249,7 @@ FORGETFUL = {
 class Idle:
     """Lanes at rest, each left in another way."""
 
+    broker: Kafka
     kept: Site
     stopped: Site
     killed: Site
@@ -231,20 +260,36 @@ class Idle:
         return [self.kept, self.stopped, self.killed, self.neglected]
 
 
-@pytest.fixture
-def idle(make_database: MakeDatabase) -> Iterator[tuple[Kafka, Idle]]:
+@pytest.fixture(scope="module", autouse=True)
+def idle(postgres: Postgres) -> Iterator[Idle]:
+    """They rest while the other tests of this file run."""
     with closing(started(lambda: Kafka(settings=FORGETFUL))) as broker:
         topic = broker.create_topic(f"events-{uuid4().hex[:8]}")
-        kept, stopped, killed, neglected = (Site(make_database(), broker.bootstrap, **SHORT) for _ in range(4))
-        lanes = Idle(kept, stopped, killed, neglected, topic)
-        yield broker, lanes
+        kept, stopped, killed, neglected = (_own_site(postgres, broker) for _ in range(4))
+        lanes = Idle(broker, kept, stopped, killed, neglected, topic)
+        for site in lanes.sites():
+            site.seed(topic, 10)
+            relay = site.taken(OUTBOX_KEEPALIVE="5" if site is kept else "100000")
+            relay.wait_for("batch published", events=10)
+        assert stopped.relays[0].stop() == 0
+        killed.relays[0].kill()
+        assert all(_has_progress(broker, site) for site in lanes.sites())
+        yield lanes
         for site in lanes.sites():
             site.close()
+            postgres.drop_database(site.name)
 
 
+def _own_site(postgres: Postgres, broker: Kafka) -> Site:
+    url = postgres.create_database(f"idle_{uuid4().hex[:12]}")
+    migrate(url)
+    return Site(url, broker.bootstrap, **SHORT)
+
+
+@pytest.mark.patient
 @pytest.mark.timeout(300)
 def test_what_kafka_forgets_of_a_lane_at_rest_is_kept_alive_or_was_left_clean_or_halts_it(
-    idle: tuple[Kafka, Idle],
+    idle: Idle,
 ) -> None:
     """A lane at rest for longer than the broker keeps offsets and transactional ids. One wait for four lanes.
 
@@ -253,20 +298,12 @@ def test_what_kafka_forgets_of_a_lane_at_rest_is_kept_alive_or_was_left_clean_or
     - it was killed: the next one halts, for what became of the last batch cannot be known
     - its relay was there but neglected it (OUTBOX_KEEPALIVE too long): it halts, too
     """
-    broker, lanes = idle
-    for site in lanes.sites():
-        site.seed(lanes.topic, 10)
-        relay = site.taken(OUTBOX_KEEPALIVE="5" if site is lanes.kept else "100000")
-        relay.wait_for("batch published", events=10)
+    lanes, broker = idle, idle.broker
     kept, neglected = lanes.kept.relays[0], lanes.neglected.relays[0]
     takes = len(kept.said("lane taken"))
-    assert lanes.stopped.relays[0].stop() == 0
-    lanes.killed.relays[0].kill()
-    assert all(_has_progress(broker, site) for site in lanes.sites())
     for site in (lanes.stopped, lanes.killed, lanes.neglected):
         _wait_until_forgotten(broker, site, kept)
     assert _has_progress(broker, lanes.kept)
-
     for site in lanes.sites():
         site.seed(lanes.topic, 5)
     kept.wait_for("batch published", events=5)

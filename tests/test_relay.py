@@ -30,8 +30,8 @@ from tests.servers import Kafka, Postgres
 QUICK = {"OUTBOX_KAFKA_TOPIC_METADATA_PROPAGATION_MAX_MS": "1000"}
 """A topic that is not there is known to be so after a second."""
 
-IMPATIENT = {**QUICK, "OUTBOX_KAFKA_TIMEOUT": "5"}
-"""A Kafka that does not answer is known to be away after 5 s."""
+IMPATIENT = {**QUICK, "OUTBOX_KAFKA_TIMEOUT": "3"}
+"""A Kafka that does not answer is known to be away after 3 s."""
 
 
 @pytest.fixture
@@ -499,7 +499,7 @@ class Restorable(Site):
     """A site whose database can be copied and put back while no relay runs."""
 
     def __init__(self, postgres: Postgres, url: str, bootstrap: str) -> None:
-        super().__init__(url, bootstrap)
+        super().__init__(url, bootstrap, OUTBOX_LEASE="1")
         self._postgres = postgres
 
     def copy(self) -> str:

@@ -167,7 +167,9 @@ def _write(result: Result) -> str:
         "with 100, ms",
         "µs an event of 100",
     )
-    return f"Medians of {result['transactions']} transactions of each kind:\n\n" + table(head, rows)
+    profile = ", ".join(f"{step} {one:g}" for step, one in result["cpu_us_per_event"].items())
+    medians = f"Medians of {result['transactions']} transactions of each kind:\n\n" + table(head, rows)
+    return f"{medians}\nThe caller's CPU for one event of a hundred, µs: {profile}.\n"
 
 
 def _inbox(result: Result) -> str:

@@ -284,7 +284,7 @@ class Relay:
                 self._note(lane, held, held.task.exception())
 
     def _note(self, lane: int, held: _Held, error: BaseException | None) -> None:
-        if time.monotonic() - held.since > STEADY:
+        if held.worker.taken_at is not None and time.monotonic() - held.worker.taken_at > STEADY:
             self._troubles.pop(lane, None)
         if error is None:
             return
@@ -296,6 +296,8 @@ class Relay:
         elif lane not in self._troubles:
             level = log.warning if isinstance(error, RelayError) else log.error
             level("lane in trouble", lane=lane, error=f"{type(error).__name__}: {error}")
+        else:
+            log.debug("lane still in trouble", lane=lane, error=f"{type(error).__name__}: {error}")
         trouble = self._troubles.setdefault(lane, _Trouble())
         wait = trouble.backoff.wait()
         trouble.not_before = time.monotonic() + wait

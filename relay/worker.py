@@ -105,6 +105,8 @@ class LaneWorker:
         self._stopping = asyncio.Event()
         self._quarantine = Quarantine(shared.config.batch_rows)
         self._cycle: _Cycle | None = None
+        self.taken_at: float | None = None
+        """When the lane was taken first, by the monotonic clock; None until then."""
         self._known = False
         """This is the outbox's database, and the lane's progress in Kafka is its own."""
 
@@ -156,6 +158,7 @@ class LaneWorker:
         try:
             lane, metadata = await self._take(kafka)
             log.info("lane taken", lane=self.lane, batch=lane.batch)
+            self.taken_at = self.taken_at or time.monotonic()
             async with self._shared.queries.connection() as reading, self._shared.queries.connection() as writing:
                 self._cycle = _Cycle(
                     self._shared, self.lane, kafka, reading, writing, lane, metadata, self._quarantine, self._stopping

@@ -6,11 +6,18 @@ process, through a proxy that makes each kind of request late, at each moment at
 recycling is switched off (by a patch of the test's own, put into the process), the harm is seen.
 """
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import pytest
 
+from relay import worker
+from relay.config import RelayConfig
+from relay.errors import KafkaTrouble
 from tests.conftest import MakeDatabase, started
 from tests.kafka_proxy import Api, KafkaProxy, Trap
 from tests.relay_process import Reader, RelayProcess, Site, check_exactly_once, compare, id_of
@@ -274,3 +281,17 @@ def test_a_relay_that_lost_all_its_connections_goes_on(line: Line) -> None:
     line.proxy.cut()
     stalled.release()
     check_exactly_once(line.site)
+
+
+async def test_a_call_that_never_returns_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "GRACE", 0.01)
+    kafka: Any = {"bootstrap.servers": "nowhere:1", "topic.metadata.propagation.max.ms": 1}
+    config = RelayConfig(database_url="postgresql://nowhere", kafka=kafka, kafka_timeout=0.01)
+    anything: Any = None
+    gate = threading.Event()
+    with ThreadPoolExecutor(2) as threads:
+        shared = worker.Shared(config, uuid4(), anything, anything, threads, anything)
+        with pytest.raises(KafkaTrouble, match="did not return"):
+            await shared.thread(gate.wait)
+        assert await shared.thread(lambda: 42) == 42
+        gate.set()

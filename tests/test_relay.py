@@ -722,14 +722,23 @@ def test_kafka_away_at_the_start_is_said_once_and_waited_for(make_database: Make
 def test_kafka_away_under_load_is_said_once_and_nothing_is_lost_or_doubled(
     make_database: MakeDatabase, own_kafka: Kafka, end: str
 ) -> None:
-    name = own_kafka.create_topic(f"middle-{uuid4().hex[:8]}", 4)
+    """One transaction is open, the one before is committed and its delete under way.
+
+    Not a kill at any moment: a lone broker that is killed between a commit's decision and its markers skips them at its
+    next start ("Couldn't find leader endpoint for partitions …"), and whoever reads what is committed waits for ever.
+    """
+    name = own_kafka.create_topic(f"middle-{uuid4().hex[:8]}")
     with Site(make_database(), own_kafka.bootstrap) as site:
-        site.seed(name, 20_000)
-        relay = site.taken(OUTBOX_BATCH_ROWS="500", **IMPATIENT)
-        relay.wait_for("batch published", count=3)
-        before = len(relay.lines)
-        try:
+        relay = site.taken(OUTBOX_BATCH_ROWS="1000", **IMPATIENT)
+        with psycopg.connect(site.url) as holder:
+            holder.execute("SELECT * FROM outbox.lane FOR UPDATE")  # so that the delete waits
+            site.seed(name, 20_000)
+            for isolation, count in (("read_committed", 1_000), ("read_uncommitted", 2_000)):
+                with Reader(site.bootstrap, [name], isolation) as reader:
+                    reader.until(lambda found, count=count: len(found) >= count)  # type: ignore[misc]
+            before = len(relay.lines)
             getattr(own_kafka, end)()
+        try:
             site.seed(name, 1_000)
             relay.wait_for("lane in trouble")
         finally:
@@ -747,6 +756,7 @@ def test_kafka_away_while_idle_is_noticed_when_there_is_something_to_publish(
         relay = site.taken(**IMPATIENT)
         site.seed(name, 10)
         relay.wait_for("batch published", events=10)
+        site.wait_until_published()
         before = len(relay.lines)
         own_kafka.kill()
         own_kafka.start()
@@ -757,7 +767,7 @@ def test_kafka_away_while_idle_is_noticed_when_there_is_something_to_publish(
 
 SESSIONS = (
     "SELECT count(*) FROM pg_stat_activity"
-    " WHERE datname = current_database() AND query LIKE '%%meta%%' AND pid <> pg_backend_pid()"
+    " WHERE datname = current_database() AND query LIKE '%%.meta%%' AND query NOT LIKE '%%pg_stat_activity%%'"
 )
 """Of a relay that has read the outbox's own account of itself, and goes on to Kafka."""
 

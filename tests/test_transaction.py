@@ -2,6 +2,7 @@
 apart."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -250,9 +251,9 @@ def test_a_closely_watched_batch_without_a_fault_is_published_as_any_other(
 
 
 def test_a_control_topic_that_is_gone_is_trouble_and_no_event_s_fault(
-    take: Open, topic: MakeTopic, kafka: Kafka, name: str
+    take: Open, config: RelayConfig, kafka: Kafka, name: str
 ) -> None:
-    first = take()
+    first = take(given=replace(config, kafka_timeout=2.0))
     admin = kafka.admin()
     admin.delete_topics([control_topic(name)])[control_topic(name)].result(30)
     with pytest.raises((KafkaTrouble, Undelivered)):

@@ -9,6 +9,8 @@
     │   ├── TransactionError    add() where there is no transaction to join
     │   └── SchemaError         an .avsc that cannot be used
     ├── MigrationError          the tables are missing, older, or newer than this code knows
+    ├── RegistryError           the schema registry is away, slow, or does not let us in
+    │   └── SchemaRefused          the registry will never take this schema as it is, or has no such schema
     └── DecodeError             bytes from Kafka that no known schema reads
         └── InvalidMessage         a message whose event has no usable id
 
@@ -56,6 +58,14 @@ class SchemaError(UsageError):
 
 class MigrationError(OutboxError):
     """The outbox's tables are missing, older or newer than this code; the message names the version and the command."""
+
+
+class RegistryError(OutboxError):
+    """The schema registry did not do what it was asked; the same call may work later. Holds the registry's words."""
+
+
+class SchemaRefused(RegistryError):  # noqa: N818 - its base says Error, its name says which one
+    """The registry refuses a schema for good (incompatible, invalid), or has none that was looked up."""
 
 
 class DecodeError(OutboxError):

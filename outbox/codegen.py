@@ -2,7 +2,9 @@
 
 The same schemas always give the same text, laid out as `ruff format` leaves it, clean under `mypy --strict`. Each
 record becomes a frozen, slotted, keyword-only dataclass, each enum a StrEnum; uuid, timestamps and the other logical
-types become Python's own. Nothing is looked up at run time: the classes do not need the .avsc files.
+types become Python's own. Where the record says what each of its event types has (`events`, outbox/schemas.py), each of
+them becomes a constructor that asks for exactly that: a classmethod named as the symbol, in lower case. Nothing is
+looked up at run time: the classes do not need the .avsc files.
 """
 
 import difflib
@@ -50,7 +52,10 @@ IMPORTS = {
 }
 # A field or type of one of these names would hide what the module itself uses.
 RESERVED = frozenset(IMPORTS) | {"str", "int", "float", "bool", "bytes", "dict", "list", "classmethod"}
-RESERVED |= {"EVENTS", "AVRO_RECORD", "AVRO_FINGERPRINT", "to_avro", "from_avro"}
+RESERVED |= {"EVENTS", "AVRO_RECORD", "AVRO_FINGERPRINT", "to_avro", "from_avro", "cls"}
+MADE = {"list": "[]", "dict": "{}"}
+"""What a factory makes, where there is a shorter way to say it."""
+WIDTH = 120
 
 
 def generate(path: str | Path) -> str:
@@ -111,11 +116,37 @@ class _Field:
     name: str
     avro: str
     type: str
+    given: str
+    """The type without null, for an event that needs the field."""
     default: str
+    """A literal; "" where there is none."""
+    factory: str
+    """Makes the default that is no literal; "" where there is none."""
     doc: str
     aware: bool
     to_avro: str
     from_avro: str
+
+    @property
+    def assigned(self) -> str:
+        """What stands behind the annotation in the class."""
+        if self.factory:
+            return f" = field(default_factory={self.factory})"
+        return f" = {self.default}" if self.default else ""
+
+    @property
+    def optional(self) -> str:
+        """The parameter of a constructor that may be left out."""
+        if self.factory:
+            return f"{self.name}: {self.type.removesuffix(' | None')} | None = None"
+        return f"{self.name}: {self.type}{self.assigned}"
+
+    @property
+    def passed(self) -> str:
+        """The argument that makes of that parameter the field."""
+        if not self.factory:
+            return f"{self.name}={self.name},"
+        return f"{self.name}={MADE.get(self.factory, f'{self.factory}()')} if {self.name} is None else {self.name},"
 
 
 @dataclass(slots=True)
@@ -166,7 +197,7 @@ class _Module:
             yield f"    AVRO_FINGERPRINT: ClassVar[int] = {event_fingerprint}"
             yield ""
         for member in members:
-            yield f"    {member.name}: {member.type}{member.default}"
+            yield f"    {member.name}: {member.type}{member.assigned}"
             if member.doc:
                 yield from _doc(member.doc)
         if any(member.aware for member in members):
@@ -189,16 +220,61 @@ class _Module:
         yield "        return cls("
         yield from (f"            {member.name}={member.from_avro}," for member in members)
         yield "        )"
+        if event_fingerprint is not None:
+            yield from self.constructors(schema, members)
+
+    def constructors(self, schema: Mapping[str, Any], members: list[_Field]) -> Iterator[str]:
+        """One for each event type that the schema says the fields of."""
+        taken = {member.name for member in members}
+        for symbol, said in schema.get("events", {}).items():
+            name = _field_name(symbol.lower())
+            if name in taken:
+                raise SchemaError(f"{schema['name']}: {symbol}'s constructor {name} would hide a field or another one")
+            taken.add(name)
+            yield ""
+            yield "    @classmethod"
+            yield f"    def {name}("
+            yield from self.constructor(schema, symbol, said, members)
+
+    def constructor(
+        self, schema: Mapping[str, Any], symbol: str, said: Mapping[str, Any], members: list[_Field]
+    ) -> Iterator[str]:
+        """Asks for what an event of this type needs, and takes nothing that makes no sense for it."""
+        fields = schemas.fields(dict(schema))
+        sets = {"event_type": symbol, **said.get("sets", {})}
+        needed = [member for member in members if _is_needed(fields[member.avro], said) and member.avro not in sets]
+        optional = [member for member in members if member.avro in said.get("takes", ())]
+        optional += [member for member in members if schemas.is_envelope(fields[member.avro])]
+        yield "        cls,"
+        yield "        *,"
+        yield from (f"        {member.name}: {member.given}," for member in needed)
+        yield from (f"        {member.optional}," for member in optional)
+        yield "    ) -> Self:"
+        yield from _doc(said.get("doc") or f"A new {symbol}.", indent=8)
+        yield "        return cls("
+        for member in members:
+            if member.avro in sets:
+                value = sets[member.avro]
+                constant = self.literal(value, schemas.branch_of(fields[member.avro]["type"], value))
+                yield f"            {member.name}={constant},"
+            elif member in needed:
+                yield f"            {member.name}={member.name},"
+            elif member in optional:
+                yield from _wrapped(f"            {member.passed}")
+        yield "        )"
 
     def field(self, member: Mapping[str, Any], *, envelope: bool) -> _Field:
         name = str(member["name"])
         python = _field_name(name)
         kind = self.type(member["type"])
+        factory = self.factory(member, kind, envelope=envelope)
         return _Field(
             name=python,
             avro=name,
             type=kind,
-            default=self.default(member, kind, envelope=envelope),
+            given=self.type(_without_null(member["type"])),
+            default="" if factory or "default" not in member else self.literal(member["default"], member["type"]),
+            factory=factory,
             doc=str(member.get("doc", "")),
             aware=_is_timestamp(member["type"]),
             to_avro=self.convert(member["type"], f"self.{python}", out=True),
@@ -247,32 +323,27 @@ class _Module:
             raise SchemaError(f"{full} is defined twice, and differently; define it alike or rename one")
         return name
 
-    def default(self, member: Mapping[str, Any], kind: str, *, envelope: bool) -> str:
-        """What stands behind the annotation: envelope fields make themselves, others have the schema's default."""
-        factory = _envelope(member) if envelope else None
+    def factory(self, member: Mapping[str, Any], kind: str, *, envelope: bool) -> str:
+        """What makes a default that is no literal: envelope fields make themselves, lists and maps are made new."""
+        factory = _envelope(member) if envelope else ""
+        if not factory and "default" in member and kind.startswith(("Sequence", "Mapping")):
+            factory = {"[]": "list", "{}": "dict"}.get(json.dumps(member["default"]), "")
         if factory:
             self.use("field", *({factory} & set(IMPORTS)))
-            return f" = field(default_factory={factory})"
-        if "default" not in member:
-            return ""
-        value = member["default"]
-        if value in ([], {}) and kind.startswith(("Sequence", "Mapping")):
-            self.use("field")
-            return f" = field(default_factory={'list' if value == [] else 'dict'})"
-        return self.literal(value, member["type"])
+        return factory
 
     def literal(self, value: Any, schema: Any) -> str:
         """A default that is one plain value; another (a record, a filled list) has to be given by the caller."""
         schema = schema[0] if isinstance(schema, list) else schema
         kind = self.type(schema)
         if value is None or (kind in ("bool", "int") and isinstance(value, int)):
-            return f" = {value}"
+            return str(value)
         if kind == "float":
-            return f" = {float(value)!r}"
+            return repr(float(value))
         if kind == "str":
-            return f" = {_quoted(value)}"
+            return _quoted(value)
         if _kind(schema) == "enum":
-            return f" = {kind}.{_symbol(value)}"
+            return f"{kind}.{_symbol(value)}"
         return ""
 
     def convert(self, schema: Any, value: str, *, out: bool) -> str:
@@ -317,30 +388,49 @@ def _is_timestamp(schema: Any) -> bool:
     return isinstance(schema, dict) and schema.get("logicalType") in ("timestamp-millis", "timestamp-micros")
 
 
-def _envelope(member: Mapping[str, Any]) -> str | None:
-    """The factory of a field that every event has, when it has the type that the catalogue fills in."""
-    schema, name = member["type"], member["name"]
-    logical = schema.get("logicalType") if isinstance(schema, dict) else None
-    if name == "event_id" and logical == "uuid":
-        return "uuid7"
-    if name == "timestamp" and logical in ("timestamp-millis", "timestamp-micros"):
-        return "now"
-    if name == "metadata" and isinstance(schema, dict) and schema["type"] == "map" and not member.get("default"):
-        return "dict"
-    return None
+def _envelope(member: Mapping[str, Any]) -> str:
+    """The factory of a field that every event has and the catalogue fills in; "" for another."""
+    if not schemas.is_envelope(dict(member)):
+        return ""
+    return {"event_id": "uuid7", "timestamp": "now", "metadata": "dict"}[member["name"]]
 
 
-def _doc(text: str) -> Iterator[str]:
-    """A docstring of one level in, wrapped."""
-    clean = " ".join(str(text).split()).replace("\\", "\\\\").replace('"""', "'''")
-    lines = textwrap.wrap(clean, 106) or ["."]
-    lines[0] = f" {lines[0]}" if lines[0].startswith('"') else lines[0]
-    if len(lines) == 1:
-        yield f'    """{lines[0]} """' if lines[0].endswith('"') else f'    """{lines[0]}"""'
+def _is_needed(member: Mapping[str, Any], said: Mapping[str, Any]) -> bool:
+    """True for a field that its event type needs: it has no default, or `needs` names it."""
+    if schemas.is_envelope(dict(member)):
+        return False
+    return "default" not in member or member["name"] in said.get("needs", ())
+
+
+def _without_null(schema: Any) -> Any:
+    """The type of a field that is there. A type that is null and nothing else stays."""
+    rest = [branch for branch in schema if branch != "null"] if isinstance(schema, list) else []
+    return rest or schema
+
+
+def _wrapped(line: str) -> Iterator[str]:
+    """`x=a if b else c,` as `ruff format` lays it out where it is too long for a line."""
+    if len(line) <= WIDTH:
+        yield line
         return
-    yield f'    """{lines[0]}'
-    yield from (f"    {line}" for line in lines[1:])
-    yield '    """'
+    start, end = line.split(" if ")
+    condition, end = end.split(" else ")
+    indent = " " * (len(line) - len(line.lstrip()))
+    yield from (start, f"{indent}if {condition}", f"{indent}else {end}")
+
+
+def _doc(text: str, indent: int = 4) -> Iterator[str]:
+    """A docstring, so far in, wrapped."""
+    clean = " ".join(str(text).split()).replace("\\", "\\\\").replace('"""', "'''")
+    lines = textwrap.wrap(clean, WIDTH - indent - 10) or ["."]
+    lines[0] = f" {lines[0]}" if lines[0].startswith('"') else lines[0]
+    start = " " * indent
+    if len(lines) == 1:
+        yield f'{start}"""{lines[0]} """' if lines[0].endswith('"') else f'{start}"""{lines[0]}"""'
+        return
+    yield f'{start}"""{lines[0]}'
+    yield from (f"{start}{line}" for line in lines[1:])
+    yield f'{start}"""'
 
 
 def _quoted(text: str) -> str:

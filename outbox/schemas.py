@@ -1,7 +1,17 @@
 """The .avsc files: reading them, and refusing what Avro's readers would misunderstand without a word.
 
-One file is one record is one Kafka topic. Beside what Avro asks for, the record carries two properties of ours, which
-Avro's canonical form ignores: `topic`, and `key`, the name of the string field that becomes the Kafka key (or none).
+One file is one record is one Kafka topic. Beside what Avro asks for, the record carries properties of ours, which
+Avro's canonical form ignores: `topic`; `key`, the name of the string field that becomes the Kafka key (or none); and
+`events` (or none), which says of each symbol of the enum `event_type` what an event of that type has:
+
+    "events": {
+        "ORDERED": {"doc": "A customer ordered.", "needs": ["total"], "takes": ["note"]},
+        "CANCELLED": {"sets": {"open": false}}
+    }
+
+Every event has the fields without a default. `needs`: fields with one that this event has too, and not as null;
+`takes`: fields that it may have; `sets`: fields whose value is the same for each event of the type. No others make
+sense for it. `outbox codegen` makes a constructor of each.
 """
 
 import json
@@ -24,6 +34,14 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TOPIC = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")
 NAMED = ("record", "enum", "fixed")
 PLAIN = frozenset({"null", "boolean", "int", "long", "float", "double", "bytes", "string"})
+CONSTANTS: Mapping[str, tuple[type, ...]] = {
+    "null": (type(None),),
+    "boolean": (bool,),
+    **dict.fromkeys(("int", "long"), (int,)),
+    **dict.fromkeys(("float", "double"), (int, float)),
+    "string": (str,),
+}
+"""What JSON says of a plain type: in `events.…sets`."""
 
 # https://avro.apache.org/docs/1.12.0/specification/#logical-types
 LOGICAL_TYPES: Mapping[str, frozenset[str]] = {
@@ -119,6 +137,36 @@ def fields(schema: Schema) -> dict[str, Schema]:
     return {field["name"]: field for field in schema["fields"]}
 
 
+def is_envelope(field: Schema) -> bool:
+    """True for the fields that the catalogue fills in where an event leaves them out, so that no caller need give them.
+
+    `event_id` (uuid), `timestamp` (timestamp-millis or -micros), and `metadata`, a map that is empty by default.
+    """
+    name, kind = field["name"], field["type"]
+    logical = kind.get("logicalType") if isinstance(kind, dict) else None
+    if name == "metadata":
+        return isinstance(kind, dict) and kind["type"] == "map" and not field.get("default")
+    return (name, logical) in (
+        ("event_id", "uuid"),
+        ("timestamp", "timestamp-millis"),
+        ("timestamp", "timestamp-micros"),
+    )
+
+
+def branch_of(schema: Any, value: Any) -> Any:
+    """The type of a union, or the type itself, that takes this value of `sets`; None where no plain type does.
+
+    Plain: null, boolean, numbers, text and enums, without a logical type. `schema` is expanded.
+    """
+    for branch in schema if isinstance(schema, list) else [schema]:
+        if isinstance(branch, dict) and branch["type"] == "enum":
+            if value in branch["symbols"]:
+                return branch
+        elif isinstance(branch, str) and type(value) in CONSTANTS.get(branch, ()):
+            return branch
+    return None
+
+
 def check(schema: Any) -> Iterator[tuple[str, str]]:
     """(where, problem) for each thing wrong with one schema by itself."""
     if not isinstance(schema, dict) or schema.get("type") != "record":
@@ -136,6 +184,7 @@ def check(schema: Any) -> Iterator[tuple[str, str]]:
     yield from _unbounded(expand_schema(schema), full_name(schema))
     yield from _check_key(schema)
     yield from _check_event_id(schema)
+    yield from _check_events(schema)
 
 
 def expand(schema: Schema) -> Any:
@@ -216,6 +265,64 @@ def _check_event_id(schema: Schema) -> Iterator[tuple[str, str]]:
     field = fields(schema).get("event_id")
     if field is not None and field["type"] != {"type": "string", "logicalType": "uuid"}:
         yield "event_id", 'is the id of the row and must be {"type": "string", "logicalType": "uuid"}'
+
+
+def _check_events(schema: Schema) -> Iterator[tuple[str, str]]:
+    """What the record says of its event types: each of them, known fields only, nothing that contradicts the fields."""
+    events = schema.get("events")
+    if events is None:
+        return
+    kind = fields(schema).get("event_type", {}).get("type")
+    if not isinstance(events, dict) or not _is_enum(kind):
+        yield "events", "an object from each symbol of the enum in the field event_type to what such an event has"
+        return
+    members = fields(expand_schema(schema))
+    for symbol in kind["symbols"]:
+        if symbol not in events:
+            yield "events", f'nothing is said of {symbol}; add "{symbol}": {{}}, or what it needs, takes and sets'
+    for symbol, said in events.items():
+        where = f"events.{symbol}"
+        if symbol not in kind["symbols"]:
+            near = get_close_matches(symbol, kind["symbols"], n=1)
+            yield where, f"no symbol of event_type; {f'did you mean {near[0]}?' if near else 'remove it'}"
+        elif not _is_account(said):
+            yield where, 'an object of "doc" (text), "needs" and "takes" (lists of fields) and "sets" (field to value)'
+        else:
+            yield from _check_account(said, members, where)
+
+
+def _is_account(said: Any) -> bool:
+    """The shape of what is said of one event type."""
+    if not isinstance(said, dict) or not said.keys() <= {"doc", "needs", "takes", "sets"}:
+        return False
+    lists = [*_list_of(said, "needs"), *_list_of(said, "takes")]
+    return (
+        isinstance(said.get("doc", ""), str)
+        and isinstance(said.get("sets", {}), dict)
+        and all(isinstance(name, str) for name in lists)
+    )
+
+
+def _list_of(said: Schema, what: str) -> list[Any]:
+    found = said.get(what, [])
+    return found if isinstance(found, list) else [None]
+
+
+def _check_account(said: Schema, members: Mapping[str, Schema], where: str) -> Iterator[tuple[str, str]]:
+    names = [*said.get("needs", ()), *said.get("takes", ()), *said.get("sets", ())]
+    for name in dict.fromkeys(names):
+        member = members.get(name)
+        if member is None:
+            near = get_close_matches(name, members, n=1)
+            yield where, f"{name} is no field; {f'did you mean {near[0]}?' if near else 'remove it'}"
+        elif name == "event_type" or is_envelope(member):
+            yield where, f"{name} is filled in for every event; remove it"
+        elif names.count(name) > 1:
+            yield where, f"{name} is named twice; name it once, under needs, takes or sets"
+        elif name in said.get("takes", ()) and "default" not in member:
+            yield where, f"{name} has no default, so every event needs it; remove it, or give the field a default"
+        elif name in said.get("sets", {}) and branch_of(member["type"], said["sets"][name]) is None:
+            yield where, f"{name} cannot be set to {json.dumps(said['sets'][name])}: the field's type does not take it"
 
 
 def _check_type(schema: Any, where: str) -> Iterator[tuple[str, str]]:

@@ -1,9 +1,12 @@
 """The generated module: current, clean, typed, and refusing at construction what must be."""
 
 import importlib.util
+import inspect
 import json
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +23,7 @@ from outbox.__main__ import main
 from outbox.catalogue import Catalogue, TypedEvent
 from outbox.codegen import generate
 from outbox.errors import InvalidEvent, SchemaError, UnknownEventType
-from outbox.message import Event
+from outbox.message import Event, Message
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "schemas"
@@ -44,6 +47,13 @@ def inspection(**changes: Any) -> InspectionEvent:
 def order(*fields: dict[str, Any], **changes: Any) -> dict[str, Any]:
     head = {"type": "record", "name": "Order", "namespace": "shop", "topic": "orders"}
     return {**head, "fields": list(fields), **changes}
+
+
+def typed(*symbols: str) -> dict[str, Any]:
+    """A record with these event types, which need nothing but `order_id`."""
+    kind = {"type": "enum", "name": "Kind", "symbols": list(symbols)}
+    fields: list[dict[str, Any]] = [{"name": "event_type", "type": kind}, {"name": "order_id", "type": "string"}]
+    return order(*fields, events={symbol: {} for symbol in symbols})
 
 
 def write(folder: Path, *found: dict[str, Any]) -> Path:
@@ -95,15 +105,107 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("found", [None, ODD])
-def test_the_module_is_clean_for_ruff_and_mypy_strict(tmp_path: Path, found: list[dict[str, Any]] | None) -> None:
+ODD_TYPE = {"type": "enum", "name": "What", "symbols": ["IMPORT", "List", "MADE"]}
+NUMBER = {"name": "number", "type": "int", "default": 1}
+LONG = "a_name_that_is_longer_than_it_has_to_be"
+ODD_EVENTS = order(
+    {"name": "event_type", "type": ODD_TYPE},
+    {"name": "event_id", "type": {"type": "string", "logicalType": "uuid"}},
+    {"name": "colour", "type": ["null", {"type": "enum", "name": "Colour", "symbols": ["RED"]}], "default": None},
+    {"name": "part", "type": ["null", {"type": "record", "name": "Part", "fields": [NUMBER]}], "default": None},
+    {"name": "cls", "type": "string"},
+    {"name": LONG, "type": {"type": "map", "values": "int"}, "default": {}},
+    {"name": "parts", "type": [{"type": "array", "items": "Part"}, "null"], "default": []},
+    {"name": "ratio", "type": ["null", "int", "double"], "default": None},
+    {"name": "text", "type": "string", "default": ""},
+    {"name": "metadata", "type": "string", "default": "no envelope: it is no map"},
+    topic="odd",
+    name="OddEvent",
+    events={
+        "IMPORT": {"needs": ["part", "colour"], "takes": [LONG, "parts"], "sets": {"ratio": 2, "text": 'a "b"'}},
+        "List": {"doc": "What " * 40, "needs": ["metadata"], "sets": {"colour": "RED", "cls": "c", "ratio": 0.5}},
+        "MADE": {"takes": ["metadata", "part", "colour", "text"], "sets": {"ratio": None}},
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def mypy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[int, str]]:
+    """mypy --strict of a file: its exit code and what it said. What the runs have in common is looked at once."""
+    cache = tmp_path_factory.mktemp("mypy")
+    return lambda file: run(["mypy", "--strict", "--cache-dir", str(cache), str(file)])
+
+
+@pytest.mark.parametrize("found", [None, [*ODD, ODD_EVENTS]])
+def test_the_module_is_clean_for_ruff_and_mypy_strict(
+    tmp_path: Path, found: list[dict[str, Any]] | None, mypy: Callable[[Path], tuple[int, str]]
+) -> None:
     made = tmp_path / "made.py"
     made.write_text(generate(write(tmp_path, *found) if found else FOLDER))
     for command in (["ruff", "format", "--diff"], ["ruff", "check"]):
         done = run([*command, "--config", str(ROOT / "pyproject.toml"), str(made)])
         assert done[0] == 0, done[1]
-    done = run(["mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), str(made)])
+    done = mypy(made)
     assert done[0] == 0, done[1]
+
+
+ABOUT = """from typing import TypedDict, assert_type
+from examples.chip_quality.events import *
+from outbox.message import now, uuid7
+
+class About(TypedDict):
+    inspection_id: str
+    batch_id: str
+
+class AboutChip(About):
+    chip_id: str
+    inspection_type: str
+    status: str
+
+about: About = {"inspection_id": "i", "batch_id": "b"}
+chip: AboutChip = {**about, "chip_id": "c", "inspection_type": "visual", "status": "done"}
+defect = Defect(defect_type="scratch", severity="minor", confidence=0.5, location="edge")
+
+assert_type(InspectionEvent.inspection_completed(**chip, quality_score=0.5), InspectionEvent)
+InspectionEvent.inspection_created(**chip, metadata={"a": "b"}, event_id=uuid7(), timestamp=now())
+InspectionEvent.defect_detected(**chip, defects=[defect])
+QualityEvent.quality_approved(**about, quality_score=1, threshold=None, defect_count=2)
+QualityEvent.alert_triggered(**about, quality_score=0.1, pass_fail=False, alert_level=AlertLevel.ERROR)
+SystemEvent.performance_metric(service_name="s", status="up", metrics={"p99": "5 ms"})
+"""
+
+REFUSED = {
+    "InspectionEvent.inspection_completed(**chip)": 'Missing named argument "quality_score"',
+    "InspectionEvent.inspection_completed(**chip, quality_score=None)": 'incompatible type "None"; expected "float"',
+    "InspectionEvent.inspection_created(**chip, quality_score=0.5)": 'Unexpected keyword argument "quality_score"',
+    "InspectionEvent.inspection_created(**about)": 'Missing named argument "chip_id"',
+    "InspectionEvent.inspection_created(**chip, event_type='x')": 'Unexpected keyword argument "event_type"',
+    "InspectionEvent.defect_detected(**chip)": 'Missing named argument "defects"',
+    "InspectionEvent.defect_detected('i')": "Too many positional arguments",
+    "QualityEvent.quality_approved(**about, quality_score=1, pass_fail=False)": 'keyword argument "pass_fail"',
+    "QualityEvent.alert_triggered(**about, quality_score=1, pass_fail=False)": 'Missing named argument "alert_level"',
+    "QualityEvent.threshold_violated(**about, quality_score=1, pass_fail=False)": 'named argument "threshold"',
+    "ManufacturingEvent.lot_created(batch_id='b', part_number='p', quantity=1, status='s')": 'argument "lot_id"',
+    "UserEvent.permission_granted(user_id='u', action='read')": 'Missing named argument "resource"',
+    "SystemEvent.error_occurred(service_name='s', status='down')": 'Missing named argument "error_details"',
+}
+
+
+def test_a_type_checker_without_a_plugin_sees_what_each_event_needs(
+    tmp_path: Path, mypy: Callable[[Path], tuple[int, str]]
+) -> None:
+    file = tmp_path / "snippet.py"
+    file.write_text(ABOUT + "".join(f"{line}\n" for line in REFUSED))
+    code, said = mypy(file)
+    found: dict[int, str] = defaultdict(str)
+    for line in said.splitlines():
+        if ": error: " in line:
+            found[int(line.split(":")[1])] += line
+    assert code == 1
+    first = ABOUT.count("\n") + 1
+    assert sorted(found) == list(range(first, first + len(REFUSED))), said
+    for number, (call, expected) in enumerate(REFUSED.items(), first):
+        assert expected in found[number], call
 
 
 def run(command: list[str]) -> tuple[int, str]:
@@ -149,12 +251,10 @@ def test_a_typed_event_makes_its_own_id_and_time() -> None:
 def test_a_typed_event_comes_back_equal() -> None:
     event = inspection(metadata={"a": "b"}, quality_score=0.5)
     message = CATALOGUE.encode(event)
-    assert message.value is not None
     assert message.fingerprint == InspectionEvent.AVRO_FINGERPRINT
     assert message.type == "com.chipquality.events.inspection.DEFECT_DETECTED"
     assert message.key == "i-1"
-    framed = b"\xc3\x01" + message.fingerprint.to_bytes(8, "little", signed=True) + message.value
-    assert CATALOGUE.decode(framed) == event
+    assert CATALOGUE.decode(framed(message)) == event
 
 
 def test_all_32_types_of_the_platform_have_a_class() -> None:
@@ -162,6 +262,72 @@ def test_all_32_types_of_the_platform_have_a_class() -> None:
     assert len(CATALOGUE.types) == 32
     kinds = [chip.InspectionEventType, chip.ManufacturingEventType, QualityEventType, chip.UserEventType]
     assert sum(len(kind) for kind in [*kinds, chip.SystemEventType]) == 32
+
+
+def constructors() -> dict[str, Callable[..., TypedEvent]]:
+    """By event type."""
+    return {
+        name: getattr(cls, name.rpartition(".")[2].lower())
+        for cls in chip.EVENTS
+        for name in CATALOGUE.types
+        if name.startswith(cls.AVRO_RECORD.rpartition(".")[0])
+    }
+
+
+VALUES: dict[str, Any] = {
+    "quantity": 5,
+    "quality_score": 0.5,
+    "threshold": 0.8,
+    "pass_fail": False,
+    "alert_level": chip.AlertLevel.ERROR,
+    "defect_count": 2,
+    "success": False,
+    "defects": [Defect(defect_type="scratch", severity="minor", confidence=0.5, location="edge")],
+    "metrics": {"p99": "5 ms"},
+    "metadata": {"a": "b"},
+    "event_id": UUID("01890a5d-ac96-774b-bcce-b302099a8057"),
+    "timestamp": datetime(2026, 1, 2, tzinfo=UTC),
+}
+
+
+@pytest.mark.parametrize("name", CATALOGUE.types)
+def test_each_of_the_32_types_has_a_constructor_that_asks_for_what_it_needs(name: str) -> None:
+    make = constructors()[name]
+    parameters = inspect.signature(make).parameters
+    needed = {one: VALUES.get(one, one) for one, what in parameters.items() if what.default is inspect.Parameter.empty}
+    for given in (needed, {one: VALUES.get(one, one) for one in parameters}):
+        event = make(**given)
+        message = CATALOGUE.encode(event)
+        assert (message.type, message.id) == (name, event.to_avro()["event_id"])
+        assert CATALOGUE.decode(framed(message)) == event
+    for left_out in needed:
+        with pytest.raises(TypeError, match=left_out):
+            make(**{one: value for one, value in needed.items() if one != left_out})
+
+
+def test_what_a_type_sets_is_set_and_what_it_takes_has_the_schema_s_default() -> None:
+    approved = QualityEvent.quality_approved(inspection_id="i", batch_id="b", quality_score=1)
+    rejected = QualityEvent.quality_rejected(inspection_id="i", batch_id="b", quality_score=0)
+    assert (approved.pass_fail, rejected.pass_fail) == (True, False)
+    assert (approved.threshold, approved.alert_level, approved.defect_count, approved.metadata) == (None, None, 0, {})
+
+
+def test_constructors_of_odd_names_make_what_the_schema_says(tmp_path: Path) -> None:
+    folder = write(tmp_path, ODD_EVENTS)
+    made = module(generate(folder), tmp_path)
+    catalogue = Catalogue.from_folder(folder, events=made)
+    event = made.OddEvent.import_(cls_="c", part=made.Part(), colour=made.Colour.RED, parts=None)
+    assert (event.ratio, event.text, getattr(event, LONG), event.parts) == (2, 'a "b"', {}, [])
+    other = made.OddEvent.list_(metadata="m")
+    assert (other.ratio, other.cls_, other.colour) == (0.5, "c", made.Colour.RED)
+    for one in (event, other, made.OddEvent.made(cls_="c")):
+        assert catalogue.decode(framed(catalogue.encode(one))) == one
+
+
+def framed(message: Message) -> bytes:
+    assert message.fingerprint is not None
+    assert message.value is not None
+    return b"\xc3\x01" + message.fingerprint.to_bytes(8, "little", signed=True) + message.value
 
 
 def test_a_naive_datetime_is_refused_at_construction() -> None:
@@ -228,11 +394,7 @@ def test_odd_names_and_types_come_back_equal(tmp_path: Path) -> None:
         tree=made.Node(leaf=leaf, by_name={"x": leaf}),
     )
     assert (event.kind, event.either, event.text, event.ratio) == (made.Kind.A, 5, 'say "so"', 2.0)
-    message = catalogue.encode(event)
-    assert message.value is not None
-    assert message.fingerprint is not None
-    framed = b"\xc3\x01" + message.fingerprint.to_bytes(8, "little", signed=True) + message.value
-    assert catalogue.decode(framed) == event
+    assert catalogue.decode(framed(catalogue.encode(event))) == event
 
 
 @pytest.mark.parametrize(
@@ -241,6 +403,8 @@ def test_odd_names_and_types_come_back_equal(tmp_path: Path) -> None:
         ([order(name="Event"), order(name="Event", namespace="other", topic="x")], "rename one of the types"),
         ([order(name="Mapping")], "the module needs the name Mapping itself"),
         ([order({"name": "list", "type": "int"}, {"name": "list_", "type": "int"})], "rename one"),
+        ([typed("A", "a")], "a's constructor a would hide a field or another one"),
+        ([typed("ORDER_ID")], "ORDER_ID's constructor order_id would hide"),
     ],
 )
 def test_what_python_cannot_name_is_a_schema_error(tmp_path: Path, found: list[dict[str, Any]], said: str) -> None:

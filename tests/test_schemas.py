@@ -144,6 +144,61 @@ def test_a_misleading_schema_is_refused_with_place_and_remedy(
     assert said in str(error.value)
 
 
+KIND = {"type": "enum", "name": "Kind", "symbols": ["ORDERED", "CANCELLED"]}
+LEVEL = {"type": "enum", "name": "Level", "symbols": ["LOW"]}
+FIELDS = [
+    field("event_id", UUID),
+    field("event_type", KIND),
+    field("order_id", "string"),
+    field("at", ["null", {"type": "long", "logicalType": "timestamp-millis"}], default=None),
+    field("total", ["null", "double"], default=None),
+    field("open", "boolean", default=True),
+    field("level", ["null", LEVEL], default=None),
+]
+GOOD = {
+    "ORDERED": {"doc": "d", "needs": ["total"], "takes": ["level"], "sets": {"open": True}},
+    "CANCELLED": {"sets": {"open": False, "total": None, "level": "LOW", "order_id": "none"}, "takes": ["at"]},
+}
+
+
+def test_what_is_said_of_event_types_is_no_part_of_the_fingerprint(tmp_path: Path) -> None:
+    said = order(fields=FIELDS, events=GOOD)
+    assert problems(tmp_path, said) == ""
+    assert schemas.fingerprint(said) == schemas.fingerprint(order(fields=FIELDS))
+
+
+@pytest.mark.parametrize(
+    ("events", "said"),
+    [
+        ([], "events: an object from each symbol"),
+        ({"ORDERED": {}}, 'events: nothing is said of CANCELLED; add "CANCELLED": {}'),
+        ({**GOOD, "CANCELED": {}}, "events.CANCELED: no symbol of event_type; did you mean CANCELLED?"),
+        ({**GOOD, "ORDERED": []}, 'events.ORDERED: an object of "doc"'),
+        ({**GOOD, "ORDERED": {"need": []}}, 'events.ORDERED: an object of "doc"'),
+        ({**GOOD, "ORDERED": {"needs": "total"}}, 'events.ORDERED: an object of "doc"'),
+        ({**GOOD, "ORDERED": {"takes": [5]}}, 'events.ORDERED: an object of "doc"'),
+        ({**GOOD, "ORDERED": {"sets": ["open"]}}, 'events.ORDERED: an object of "doc"'),
+        ({**GOOD, "ORDERED": {"doc": 5}}, 'events.ORDERED: an object of "doc"'),
+        ({**GOOD, "ORDERED": {"needs": ["totl"]}}, "events.ORDERED: totl is no field; did you mean total?"),
+        ({**GOOD, "ORDERED": {"takes": ["order_id"]}}, "order_id has no default, so every event needs it"),
+        ({**GOOD, "ORDERED": {"takes": ["event_id"]}}, "event_id is filled in for every event"),
+        ({**GOOD, "ORDERED": {"sets": {"event_type": "ORDERED"}}}, "event_type is filled in for every event"),
+        ({**GOOD, "ORDERED": {"needs": ["total"], "takes": ["total"]}}, "total is named twice"),
+        ({**GOOD, "ORDERED": {"sets": {"open": 1}}}, "open cannot be set to 1"),
+        ({**GOOD, "ORDERED": {"sets": {"open": None}}}, "open cannot be set to null"),
+        ({**GOOD, "ORDERED": {"sets": {"total": True}}}, "total cannot be set to true"),
+        ({**GOOD, "ORDERED": {"sets": {"level": "HIGH"}}}, 'level cannot be set to "HIGH"'),
+        ({**GOOD, "ORDERED": {"sets": {"at": 5}}}, "at cannot be set to 5"),
+    ],
+)
+def test_what_is_said_of_event_types_must_fit_the_fields(tmp_path: Path, events: Any, said: str) -> None:
+    assert said in problems(tmp_path, order(fields=FIELDS, events=events))
+
+
+def test_only_a_record_with_an_enum_of_event_types_says_something_of_them(tmp_path: Path) -> None:
+    assert "the enum in the field event_type" in problems(tmp_path, order(events={}))
+
+
 def test_two_files_cannot_claim_one_record_topic_or_event_type(tmp_path: Path) -> None:
     kind = {"type": "enum", "name": "Kind", "symbols": ["PAID"]}
     fields = [field("event_type", kind), field("order_id", "string")]
@@ -179,7 +234,7 @@ JSON = st.recursive(
 )
 def test_the_linter_answers_whatever_it_is_given(schema: Any, more: Any) -> None:
     if isinstance(schema, dict):
-        schema = {**schema, "name": "R", "fields": [{"name": "x", "type": more}]}
+        schema = {**schema, "name": "R", "fields": [{"name": "x", "type": more}, field("event_type", KIND)]}
     list(schemas.check(schema))
     list(schemas.check(more))
 

@@ -114,6 +114,174 @@ class InspectionEvent:
             defects=[Defect.from_avro(item) for item in data["defects"]],
         )
 
+    @classmethod
+    def inspection_created(
+        cls,
+        *,
+        inspection_id: str,
+        batch_id: str,
+        chip_id: str,
+        inspection_type: str,
+        status: str,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """An inspection of a chip is ordered."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=InspectionEventType.INSPECTION_CREATED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            inspection_id=inspection_id,
+            batch_id=batch_id,
+            chip_id=chip_id,
+            inspection_type=inspection_type,
+            status=status,
+        )
+
+    @classmethod
+    def inspection_started(
+        cls,
+        *,
+        inspection_id: str,
+        batch_id: str,
+        chip_id: str,
+        inspection_type: str,
+        status: str,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """The chip is on the bench."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=InspectionEventType.INSPECTION_STARTED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            inspection_id=inspection_id,
+            batch_id=batch_id,
+            chip_id=chip_id,
+            inspection_type=inspection_type,
+            status=status,
+        )
+
+    @classmethod
+    def inspection_completed(
+        cls,
+        *,
+        inspection_id: str,
+        batch_id: str,
+        chip_id: str,
+        inspection_type: str,
+        status: str,
+        quality_score: float,
+        defects: Sequence[Defect] | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """The inspection is over, with a score."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=InspectionEventType.INSPECTION_COMPLETED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            inspection_id=inspection_id,
+            batch_id=batch_id,
+            chip_id=chip_id,
+            inspection_type=inspection_type,
+            status=status,
+            quality_score=quality_score,
+            defects=[] if defects is None else defects,
+        )
+
+    @classmethod
+    def inspection_failed(
+        cls,
+        *,
+        inspection_id: str,
+        batch_id: str,
+        chip_id: str,
+        inspection_type: str,
+        status: str,
+        defects: Sequence[Defect] | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """The inspection could not be done; the defects are those found until then."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=InspectionEventType.INSPECTION_FAILED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            inspection_id=inspection_id,
+            batch_id=batch_id,
+            chip_id=chip_id,
+            inspection_type=inspection_type,
+            status=status,
+            defects=[] if defects is None else defects,
+        )
+
+    @classmethod
+    def defect_detected(
+        cls,
+        *,
+        inspection_id: str,
+        batch_id: str,
+        chip_id: str,
+        inspection_type: str,
+        status: str,
+        defects: Sequence[Defect],
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Defects were seen."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=InspectionEventType.DEFECT_DETECTED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            inspection_id=inspection_id,
+            batch_id=batch_id,
+            chip_id=chip_id,
+            inspection_type=inspection_type,
+            status=status,
+            defects=defects,
+        )
+
+    @classmethod
+    def quality_assessed(
+        cls,
+        *,
+        inspection_id: str,
+        batch_id: str,
+        chip_id: str,
+        inspection_type: str,
+        status: str,
+        quality_score: float,
+        defects: Sequence[Defect] | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """The score was judged."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=InspectionEventType.QUALITY_ASSESSED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            inspection_id=inspection_id,
+            batch_id=batch_id,
+            chip_id=chip_id,
+            inspection_type=inspection_type,
+            status=status,
+            quality_score=quality_score,
+            defects=[] if defects is None else defects,
+        )
+
 
 class ManufacturingEventType(StrEnum):
     BATCH_CREATED = "BATCH_CREATED"
@@ -182,6 +350,206 @@ class ManufacturingEvent:
             status=data["status"],
             station_id=data["station_id"],
             operator_id=data["operator_id"],
+        )
+
+    @classmethod
+    def batch_created(
+        cls,
+        *,
+        batch_id: str,
+        part_number: str,
+        quantity: int,
+        status: str,
+        operator_id: str | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """A batch is planned."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=ManufacturingEventType.BATCH_CREATED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            batch_id=batch_id,
+            part_number=part_number,
+            quantity=quantity,
+            status=status,
+            operator_id=operator_id,
+        )
+
+    @classmethod
+    def batch_started(
+        cls,
+        *,
+        batch_id: str,
+        part_number: str,
+        quantity: int,
+        status: str,
+        station_id: str | None = None,
+        operator_id: str | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """The first chip of the batch is at work."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=ManufacturingEventType.BATCH_STARTED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            batch_id=batch_id,
+            part_number=part_number,
+            quantity=quantity,
+            status=status,
+            station_id=station_id,
+            operator_id=operator_id,
+        )
+
+    @classmethod
+    def batch_completed(
+        cls,
+        *,
+        batch_id: str,
+        part_number: str,
+        quantity: int,
+        status: str,
+        station_id: str | None = None,
+        operator_id: str | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """The last chip of the batch is done."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=ManufacturingEventType.BATCH_COMPLETED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            batch_id=batch_id,
+            part_number=part_number,
+            quantity=quantity,
+            status=status,
+            station_id=station_id,
+            operator_id=operator_id,
+        )
+
+    @classmethod
+    def batch_failed(
+        cls,
+        *,
+        batch_id: str,
+        part_number: str,
+        quantity: int,
+        status: str,
+        station_id: str | None = None,
+        operator_id: str | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """The batch is given up."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=ManufacturingEventType.BATCH_FAILED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            batch_id=batch_id,
+            part_number=part_number,
+            quantity=quantity,
+            status=status,
+            station_id=station_id,
+            operator_id=operator_id,
+        )
+
+    @classmethod
+    def lot_created(
+        cls,
+        *,
+        batch_id: str,
+        lot_id: str,
+        part_number: str,
+        quantity: int,
+        status: str,
+        station_id: str | None = None,
+        operator_id: str | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """A lot of the batch is put together."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=ManufacturingEventType.LOT_CREATED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            batch_id=batch_id,
+            lot_id=lot_id,
+            part_number=part_number,
+            quantity=quantity,
+            status=status,
+            station_id=station_id,
+            operator_id=operator_id,
+        )
+
+    @classmethod
+    def lot_processed(
+        cls,
+        *,
+        batch_id: str,
+        lot_id: str,
+        part_number: str,
+        quantity: int,
+        status: str,
+        station_id: str,
+        operator_id: str | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """A station is done with a lot."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=ManufacturingEventType.LOT_PROCESSED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            batch_id=batch_id,
+            lot_id=lot_id,
+            part_number=part_number,
+            quantity=quantity,
+            status=status,
+            station_id=station_id,
+            operator_id=operator_id,
+        )
+
+    @classmethod
+    def production_milestone(
+        cls,
+        *,
+        batch_id: str,
+        part_number: str,
+        quantity: int,
+        status: str,
+        station_id: str,
+        lot_id: str | None = None,
+        operator_id: str | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """The batch has come to a station."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=ManufacturingEventType.PRODUCTION_MILESTONE,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            batch_id=batch_id,
+            lot_id=lot_id,
+            part_number=part_number,
+            quantity=quantity,
+            status=status,
+            station_id=station_id,
+            operator_id=operator_id,
         )
 
 
@@ -261,6 +629,176 @@ class QualityEvent:
             defect_count=data["defect_count"],
         )
 
+    @classmethod
+    def quality_assessed(
+        cls,
+        *,
+        inspection_id: str,
+        batch_id: str,
+        quality_score: float,
+        pass_fail: bool,
+        threshold: float | None = None,
+        defect_count: int = 0,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """An inspection's score was judged."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=QualityEventType.QUALITY_ASSESSED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            inspection_id=inspection_id,
+            batch_id=batch_id,
+            quality_score=quality_score,
+            threshold=threshold,
+            pass_fail=pass_fail,
+            defect_count=defect_count,
+        )
+
+    @classmethod
+    def threshold_violated(
+        cls,
+        *,
+        inspection_id: str,
+        batch_id: str,
+        quality_score: float,
+        threshold: float,
+        pass_fail: bool,
+        alert_level: AlertLevel | None = None,
+        defect_count: int = 0,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """A score is on the wrong side of its threshold."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=QualityEventType.THRESHOLD_VIOLATED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            inspection_id=inspection_id,
+            batch_id=batch_id,
+            quality_score=quality_score,
+            threshold=threshold,
+            pass_fail=pass_fail,
+            alert_level=alert_level,
+            defect_count=defect_count,
+        )
+
+    @classmethod
+    def alert_triggered(
+        cls,
+        *,
+        inspection_id: str,
+        batch_id: str,
+        quality_score: float,
+        pass_fail: bool,
+        alert_level: AlertLevel,
+        threshold: float | None = None,
+        defect_count: int = 0,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Somebody has to look."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=QualityEventType.ALERT_TRIGGERED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            inspection_id=inspection_id,
+            batch_id=batch_id,
+            quality_score=quality_score,
+            threshold=threshold,
+            pass_fail=pass_fail,
+            alert_level=alert_level,
+            defect_count=defect_count,
+        )
+
+    @classmethod
+    def compliance_check(
+        cls,
+        *,
+        inspection_id: str,
+        batch_id: str,
+        quality_score: float,
+        pass_fail: bool,
+        threshold: float | None = None,
+        defect_count: int = 0,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """A score was held against a rule from outside."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=QualityEventType.COMPLIANCE_CHECK,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            inspection_id=inspection_id,
+            batch_id=batch_id,
+            quality_score=quality_score,
+            threshold=threshold,
+            pass_fail=pass_fail,
+            defect_count=defect_count,
+        )
+
+    @classmethod
+    def quality_approved(
+        cls,
+        *,
+        inspection_id: str,
+        batch_id: str,
+        quality_score: float,
+        threshold: float | None = None,
+        defect_count: int = 0,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """The chip passed."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=QualityEventType.QUALITY_APPROVED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            inspection_id=inspection_id,
+            batch_id=batch_id,
+            quality_score=quality_score,
+            threshold=threshold,
+            pass_fail=True,
+            defect_count=defect_count,
+        )
+
+    @classmethod
+    def quality_rejected(
+        cls,
+        *,
+        inspection_id: str,
+        batch_id: str,
+        quality_score: float,
+        threshold: float | None = None,
+        defect_count: int = 0,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """The chip did not pass."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=QualityEventType.QUALITY_REJECTED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            inspection_id=inspection_id,
+            batch_id=batch_id,
+            quality_score=quality_score,
+            threshold=threshold,
+            pass_fail=False,
+            defect_count=defect_count,
+        )
+
 
 class SystemEventType(StrEnum):
     SERVICE_STARTED = "SERVICE_STARTED"
@@ -328,6 +866,172 @@ class SystemEvent:
             message=data["message"],
             error_details=data["error_details"],
             metrics=data["metrics"],
+        )
+
+    @classmethod
+    def service_started(
+        cls,
+        *,
+        service_name: str,
+        service_version: str,
+        hostname: str,
+        status: str,
+        message: str | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """A process of a service is at work."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=SystemEventType.SERVICE_STARTED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            service_name=service_name,
+            service_version=service_version,
+            hostname=hostname,
+            status=status,
+            message=message,
+        )
+
+    @classmethod
+    def service_stopped(
+        cls,
+        *,
+        service_name: str,
+        hostname: str,
+        status: str,
+        service_version: str | None = None,
+        message: str | None = None,
+        error_details: str | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """A process of a service has ended."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=SystemEventType.SERVICE_STOPPED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            service_name=service_name,
+            service_version=service_version,
+            hostname=hostname,
+            status=status,
+            message=message,
+            error_details=error_details,
+        )
+
+    @classmethod
+    def health_check(
+        cls,
+        *,
+        service_name: str,
+        hostname: str,
+        status: str,
+        service_version: str | None = None,
+        message: str | None = None,
+        metrics: Mapping[str, str] | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """How a process answered when it was asked."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=SystemEventType.HEALTH_CHECK,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            service_name=service_name,
+            service_version=service_version,
+            hostname=hostname,
+            status=status,
+            message=message,
+            metrics={} if metrics is None else metrics,
+        )
+
+    @classmethod
+    def performance_metric(
+        cls,
+        *,
+        service_name: str,
+        status: str,
+        metrics: Mapping[str, str],
+        service_version: str | None = None,
+        hostname: str | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """What was measured of a service."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=SystemEventType.PERFORMANCE_METRIC,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            service_name=service_name,
+            service_version=service_version,
+            hostname=hostname,
+            status=status,
+            metrics=metrics,
+        )
+
+    @classmethod
+    def error_occurred(
+        cls,
+        *,
+        service_name: str,
+        status: str,
+        message: str,
+        error_details: str,
+        service_version: str | None = None,
+        hostname: str | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """A service met an error."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=SystemEventType.ERROR_OCCURRED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            service_name=service_name,
+            service_version=service_version,
+            hostname=hostname,
+            status=status,
+            message=message,
+            error_details=error_details,
+        )
+
+    @classmethod
+    def system_alert(
+        cls,
+        *,
+        service_name: str,
+        status: str,
+        message: str,
+        service_version: str | None = None,
+        hostname: str | None = None,
+        error_details: str | None = None,
+        metrics: Mapping[str, str] | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Somebody has to look after a service."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=SystemEventType.SYSTEM_ALERT,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            service_name=service_name,
+            service_version=service_version,
+            hostname=hostname,
+            status=status,
+            message=message,
+            error_details=error_details,
+            metrics={} if metrics is None else metrics,
         )
 
 
@@ -398,6 +1102,192 @@ class UserEvent:
             ip_address=data["ip_address"],
             user_agent=data["user_agent"],
             success=data["success"],
+        )
+
+    @classmethod
+    def user_login(
+        cls,
+        *,
+        user_id: str,
+        action: str,
+        ip_address: str,
+        username: str | None = None,
+        user_agent: str | None = None,
+        success: bool = True,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Somebody came in, or was not let in."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=UserEventType.USER_LOGIN,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            user_id=user_id,
+            username=username,
+            action=action,
+            ip_address=ip_address,
+            user_agent=user_agent,
+            success=success,
+        )
+
+    @classmethod
+    def user_logout(
+        cls,
+        *,
+        user_id: str,
+        action: str,
+        username: str | None = None,
+        ip_address: str | None = None,
+        user_agent: str | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Somebody went out."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=UserEventType.USER_LOGOUT,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            user_id=user_id,
+            username=username,
+            action=action,
+            ip_address=ip_address,
+            user_agent=user_agent,
+        )
+
+    @classmethod
+    def user_created(
+        cls,
+        *,
+        user_id: str,
+        username: str,
+        action: str,
+        ip_address: str | None = None,
+        user_agent: str | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """There is a new user."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=UserEventType.USER_CREATED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            user_id=user_id,
+            username=username,
+            action=action,
+            ip_address=ip_address,
+            user_agent=user_agent,
+        )
+
+    @classmethod
+    def user_updated(
+        cls,
+        *,
+        user_id: str,
+        action: str,
+        username: str | None = None,
+        resource: str | None = None,
+        ip_address: str | None = None,
+        user_agent: str | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """What is known of a user has changed."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=UserEventType.USER_UPDATED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            user_id=user_id,
+            username=username,
+            action=action,
+            resource=resource,
+            ip_address=ip_address,
+            user_agent=user_agent,
+        )
+
+    @classmethod
+    def permission_granted(
+        cls,
+        *,
+        user_id: str,
+        action: str,
+        resource: str,
+        username: str | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """A user may do something with a resource from now on."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=UserEventType.PERMISSION_GRANTED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            user_id=user_id,
+            username=username,
+            action=action,
+            resource=resource,
+        )
+
+    @classmethod
+    def permission_revoked(
+        cls,
+        *,
+        user_id: str,
+        action: str,
+        resource: str,
+        username: str | None = None,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """A user may not do it any more."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=UserEventType.PERMISSION_REVOKED,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            user_id=user_id,
+            username=username,
+            action=action,
+            resource=resource,
+        )
+
+    @classmethod
+    def audit_action(
+        cls,
+        *,
+        user_id: str,
+        action: str,
+        resource: str,
+        username: str | None = None,
+        ip_address: str | None = None,
+        user_agent: str | None = None,
+        success: bool = True,
+        event_id: UUID | None = None,
+        timestamp: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Somebody did, or tried to do, what the audit has to know."""
+        return cls(
+            event_id=uuid7() if event_id is None else event_id,
+            event_type=UserEventType.AUDIT_ACTION,
+            timestamp=now() if timestamp is None else timestamp,
+            metadata={} if metadata is None else metadata,
+            user_id=user_id,
+            username=username,
+            action=action,
+            resource=resource,
+            ip_address=ip_address,
+            user_agent=user_agent,
+            success=success,
         )
 
 

@@ -22,7 +22,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from examples.chip_quality import events
-from examples.chip_quality.events import InspectionEvent, InspectionEventType
+from examples.chip_quality.events import InspectionEvent
 from examples.chip_quality.inspection import (
     SCHEMAS,
     Batch,
@@ -191,8 +191,7 @@ class Writer:
         async with self._sessions.begin() as session:
             inspection = await session.get_one(Inspection, inspection_id, with_for_update={"key_share": True})
             inspection.version += 1
-            early = InspectionEvent(
-                event_type=InspectionEventType.DEFECT_DETECTED,
+            early = InspectionEvent.defect_detected(
                 inspection_id=inspection.id,
                 batch_id=inspection.batch_id,
                 chip_id=inspection.chip_id,

@@ -7,7 +7,7 @@ Source: https://docs.confluent.io/platform/current/schema-registry/develop/api.h
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from outbox.errors import RegistryError, SchemaRefused, UsageError
 
@@ -39,8 +39,6 @@ REFUSED = frozenset({409, 42201})
 NOT_FOUND = frozenset({40401, 40402, 40403})
 """No such subject, version, schema. A 404 with another code is said of the path, by whatever answers there."""
 
-T = TypeVar("T")
-
 
 class SchemaRegistry:
     """A registry. Thread-safe.
@@ -65,20 +63,21 @@ class SchemaRegistry:
                 f"a schema registry needs the extra: pip install 'kafka-outbox[registry]' ({error})"
             ) from None
         self._schema: Callable[[str], Any] = lambda text: Schema(text, "AVRO")
+        given = {name: _number(name, value) for name, value in settings.items()}
         try:
-            self._client: Any = SchemaRegistryClient(
-                {"timeout": TIMEOUT, **{n: _number(n, v) for n, v in settings.items()}}
-            )
+            self._client: Any = SchemaRegistryClient({"timeout": TIMEOUT, **given})
         except (ValueError, TypeError, OSError) as error:  # OSError: a certificate that cannot be read
             raise UsageError(f"a setting of the schema registry cannot be used: {error}") from error
 
     def register(self, subject: str, schema: str) -> int:
         """The id of a schema (JSON text), which is a version of `subject` from then on."""
-        return _asked(lambda: self._client.register_schema(subject, self._schema(schema)), REFUSED)
+        found: int = _asked(lambda: self._client.register_schema(subject, self._schema(schema)), REFUSED)
+        return found
 
     def look_up(self, subject: str, schema: str) -> int:
         """The id of a schema that is a version of `subject`; SchemaRefused where it is none."""
-        return _asked(lambda: self._client.lookup_schema(subject, self._schema(schema)).schema_id, NOT_FOUND | REFUSED)
+        registered = _asked(lambda: self._client.lookup_schema(subject, self._schema(schema)), NOT_FOUND | REFUSED)
+        return int(registered.schema_id)
 
     def versions(self, subject: str) -> dict[int, str]:
         """The versions of `subject` by number, oldest first, as JSON text; empty where there is no such subject."""
@@ -104,7 +103,7 @@ def _number(name: str, value: Any) -> Any:
         raise UsageError(f"the registry's setting {name} is {value!r}: it must be a number") from None
 
 
-def _asked(call: Callable[[], T], final: frozenset[int] = frozenset()) -> T:
+def _asked(call: Callable[[], Any], final: frozenset[int] = frozenset()) -> Any:
     """What the client's call gives, its errors turned into ours: SchemaRefused for the error codes that are `final`."""
     from confluent_kafka.schema_registry.error import SchemaRegistryError
 

@@ -15,6 +15,7 @@ from relay.errors import ConfigError
 
 PREFIX = "OUTBOX_"
 KAFKA_PREFIX = "OUTBOX_KAFKA_"
+REGISTRY_PREFIX = "OUTBOX_REGISTRY_"
 
 KAFKA_GUARANTEE: Mapping[str, str] = {
     "transactional.id": "the lane's two producers are fenced by it",
@@ -56,14 +57,17 @@ KAFKA_DEFAULTS: Mapping[str, str | int | float | bool] = {
     "message.max.bytes": 1_048_588,
 }
 
+SUBJECT_STRATEGIES = ("TopicNameStrategy", "RecordNameStrategy", "TopicRecordNameStrategy")
+"""As Confluent names them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelayConfig:
     """Every setting of a relay. Durations are seconds, sizes bytes.
 
-    In the environment a field `x` is `OUTBOX_X`; a librdkafka setting `a.b` is `OUTBOX_KAFKA_A_B`. In the TOML file
-    fields stand at the top level and librdkafka settings in the table `[kafka]` under their own names. The environment
-    wins.
+    In the environment a field `x` is `OUTBOX_X`; a librdkafka setting `a.b` is `OUTBOX_KAFKA_A_B`, one of the
+    registry's client `OUTBOX_REGISTRY_A_B`. In the TOML file fields stand at the top level, and the settings of the two
+    clients in the tables `[kafka]` and `[registry]` under their own names. The environment wins.
 
     Raises:
         ConfigError: names the setting and the remedy.
@@ -73,6 +77,13 @@ class RelayConfig:
     """postgresql:// URL of the service's database. Required."""
     kafka: Mapping[str, str | int | float | bool] = field(repr=False)
     """librdkafka settings; `bootstrap.servers` is required. Those in KAFKA_GUARANTEE are refused."""
+    registry: Mapping[str, str | int | float | bool] = field(default_factory=dict, repr=False)
+    """Settings of Confluent's registry client: `url`, `basic.auth.user.info`, `ssl.ca.location` and more. Empty: events
+    bear Avro's own frame, and no registry is needed. Needs the extra `registry`."""
+    registry_auto_register: bool = True
+    """False: schemas are only looked up, and an event whose schema is not in the registry is parked."""
+    registry_subject_strategy: str = "TopicNameStrategy"
+    """Under which subject a schema is: that, RecordNameStrategy or TopicRecordNameStrategy."""
     schema: str = "outbox"
     """SQL schema that holds the outbox's tables."""
     source: str | None = None
@@ -125,6 +136,7 @@ class RelayConfig:
                 f"(queue.buffering.max.messages, {queue}) must hold twice that"
             )
         self._check_patience()
+        self._check_registry()
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"{_named('log_level')} is {self.log_level!r}: use debug, info, warning or error")
 
@@ -162,6 +174,15 @@ class RelayConfig:
                 f"the Kafka setting topic.metadata.propagation.max.ms ({topic} ms) must be shorter than "
                 f"transaction.timeout.ms ({transaction} ms) and {_named('kafka_timeout')} ({self.kafka_timeout:g} s)"
             )
+
+    def _check_registry(self) -> None:
+        if self.registry_subject_strategy not in SUBJECT_STRATEGIES:
+            raise ConfigError(
+                f"{_named('registry_subject_strategy')} is {self.registry_subject_strategy!r}: use one of "
+                f"{', '.join(SUBJECT_STRATEGIES)}"
+            )
+        if self.registry and not self.registry.get("url"):
+            raise ConfigError("the schema registry is not named: set OUTBOX_REGISTRY_URL=http://host:port")
 
     def producer(self) -> dict[str, Any]:
         """librdkafka settings of a producer, without its transactional.id."""
@@ -207,17 +228,23 @@ def load(environ: Mapping[str, str] = os.environ, path: Path | None = None) -> R
     if path is None and (named := environ.get(PREFIX + "CONFIG")):
         path = Path(named)
     settings = _from_file(path) if path else {}
-    kafka = dict(settings.pop("kafka", {}))
+    kafka, registry = dict(settings.pop("kafka", {})), dict(settings.pop("registry", {}))
     for name, text in environ.items():
-        if name.startswith(KAFKA_PREFIX) and name[len(PREFIX) :].lower() not in _field_names():
+        is_field = name[len(PREFIX) :].lower() in _field_names()
+        if name.startswith(KAFKA_PREFIX) and not is_field:
             kafka[name[len(KAFKA_PREFIX) :].lower().replace("_", ".")] = text
+        elif name.startswith(REGISTRY_PREFIX) and not is_field:
+            registry[name[len(REGISTRY_PREFIX) :].lower().replace("_", ".")] = text
         elif name.startswith(PREFIX) and name not in _NOT_SETTINGS and not name.startswith(_TEST_PREFIX):
             settings[_known(name[len(PREFIX) :].lower(), name)] = text
     if "database_url" not in settings:
         raise ConfigError("the database is not named: set OUTBOX_DATABASE_URL=postgresql://user@host:5432/database")
     typed = {name: _typed(name, value) for name, value in settings.items()}
-    return RelayConfig(kafka=_log_level_restored(kafka), **typed)
+    return RelayConfig(kafka=_log_level_restored(kafka), registry=registry, **typed)
 
+
+CLIENTS: Mapping[str, str] = {"kafka": '"linger.ms" = 5', "registry": '"basic.auth.user.info" = "user:password"'}
+"""The fields that hold settings of a client under its own names; each with an example in TOML."""
 
 _NOT_SETTINGS = {"OUTBOX_CONFIG", "OUTBOX_FAILPOINT"}
 _TEST_PREFIX = "OUTBOX_TEST_"
@@ -239,16 +266,17 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"the settings file {path} cannot be read: {error.strerror}") from error
     except ValueError as error:  # TOMLDecodeError, or bytes that are no UTF-8
         raise ConfigError(f"the settings file {path} is no TOML: {error}") from error
-    kafka = settings.get("kafka", {})
-    if not isinstance(kafka, dict) or any(isinstance(value, dict | list) for value in kafka.values()):
-        raise ConfigError(
-            f'{path}: [kafka] must be a table of librdkafka settings, quoted where they hold dots: "linger.ms" = 5'
-        )
-    return {name if name == "kafka" else _known(name, f"{name} in {path}"): value for name, value in settings.items()}
+    for table, example in CLIENTS.items():
+        found = settings.get(table, {})
+        if not isinstance(found, dict) or any(isinstance(value, dict | list) for value in found.values()):
+            raise ConfigError(
+                f"{path}: [{table}] must be a table of the client's settings, quoted where they hold dots: {example}"
+            )
+    return {name if name in CLIENTS else _known(name, f"{name} in {path}"): value for name, value in settings.items()}
 
 
 def _field_names() -> list[str]:
-    return [f.name for f in fields(RelayConfig) if f.name != "kafka"]
+    return [f.name for f in fields(RelayConfig) if f.name not in CLIENTS]
 
 
 def _known(name: str, where: str) -> str:

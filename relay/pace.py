@@ -1,6 +1,10 @@
-"""How long to wait before the next fetch when the last one found nothing. No I/O, no clock."""
+"""How long to wait: before the next fetch when the last one found nothing, and after trouble. No I/O, no clock."""
 
+import random
 from dataclasses import dataclass
+
+BACKOFF_FIRST, BACKOFF_MOST = 0.1, 5.0
+"""Seconds before the first retry, and at most. It doubles in between, with jitter, for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,3 +24,15 @@ class Pace:
     def wait(self, silence: float) -> float:
         """Seconds to wait, `silence` seconds after the last event."""
         return min(self.longest, max(self.shortest, silence * self.slope))
+
+
+class Backoff:
+    """Waits that grow, drawn between half of the step and all of it."""
+
+    def __init__(self) -> None:
+        self._step = BACKOFF_FIRST
+
+    def wait(self) -> float:
+        """Seconds to wait before the next try."""
+        step, self._step = self._step, min(self._step * 2, BACKOFF_MOST)
+        return step * random.uniform(0.5, 1.0)  # noqa: S311 -- jitter, no secret

@@ -41,6 +41,10 @@ class Quarantine:
         else:
             self.rows = max(1, len(seqs) // 8)
 
+    def condemn(self, events: Mapping[int, str]) -> None:
+        """Park these (seq → why): what is said of them is final, and was said before they were handed to Kafka."""
+        self._condemned.update(events)
+
     def published(self) -> None:
         """A batch went through."""
         self.closely = self.rows < self._most

@@ -319,6 +319,12 @@ class Queries:
         )
         return {(row["topic"], row["key"]) for row in rows}
 
+    async def avro_schema(self, fingerprint: int) -> str | None:
+        """The JSON of the schema with this fingerprint; None where no writer and no deployment has put it there."""
+        return await self._pool.fetchval(  # type: ignore[no-any-return]
+            f"SELECT schema FROM {self._schema}.avro_schema WHERE fingerprint = $1", fingerprint
+        )
+
     # ---- what a person decides: relay.resolve ------------------------------------------------------------------------
 
     async def waiting(self, lane: int) -> AsyncIterator[asyncpg.Record]:

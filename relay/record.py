@@ -1,11 +1,11 @@
 """One row of the outbox as one Kafka record: CloudEvents in the binary mode of its Kafka protocol binding, Avro bytes
-framed.
+framed: by Avro's own frame, or by that of a schema registry (relay/registry.py).
 
 Sources: CloudEvents Kafka Protocol Binding 1.0.2, section 3.2; Avro specification 1.12, "Single-object encoding".
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from relay.errors import EventRefused
@@ -20,7 +20,9 @@ _MAGIC = b"\xc3\x01"
 class Records:
     """Makes records of rows as `Queries.fetch` returns them. What repeats from row to row is made once and kept."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, registered: Mapping[tuple[str, int], bytes] | None = None) -> None:
+        """`registered`: frames of a registry by topic and fingerprint, those of all rows to come; None: no registry."""
+        self._registered = registered
         self._source: Header = ("ce_source", source.encode())
         self._types: dict[str, Header] = {}
         self._frames: dict[int, bytes] = {}
@@ -28,22 +30,26 @@ class Records:
     def produce(self, rows: Iterable[Any], produce: Callable[..., None]) -> None:
         """Hand each row to `produce`, in order.
 
-        Key: the row's, in UTF-8. Value: C3 01, the fingerprint, the Avro bytes; without a fingerprint the row's bytes
-        as they are; null for a tombstone. Headers: ce_specversion, ce_id, ce_type, ce_source, content-type, then the
-        row's own. Timestamp: created_at.
+        Key: the row's, in UTF-8. Value: C3 01 and the fingerprint, or the registry's frame, then the Avro bytes;
+        without a fingerprint the row's bytes as they are; null for a tombstone. Headers: ce_specversion, ce_id,
+        ce_type, ce_source, content-type, then the row's own. Timestamp: created_at.
 
         Raises:
             EventRefused: headers or created_at of a row cannot be said in Kafka.
         """
-        source, types, frames = self._source, self._types, self._frames
+        source, types, frames, registered = self._source, self._types, self._frames, self._registered
         for _seq, id_, type_, topic, key, value, fingerprint, own, created in rows:
             kind = types.get(type_) or self._type(type_)
             if fingerprint is None:
                 headers = [_SPEC, ("ce_id", id_), kind, source]
             else:
                 headers = [_SPEC, ("ce_id", id_), kind, source, _AVRO]
-                if value is not None:
+                if value is None:
+                    pass
+                elif registered is None:
                     value = (frames.get(fingerprint) or self._frame(fingerprint)) + value
+                else:
+                    value = registered[topic, fingerprint] + value
             if own is not None:
                 headers += _own(id_, own)
             if created is None or created < 0:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
 import structlog
@@ -21,9 +21,13 @@ from relay.config import RelayConfig
 from relay.errors import ConfigError, LaneHalted, LaneLost, LaneTrouble, RelayError
 from relay.failpoint import Failpoint
 from relay.leases import plan
+from relay.pace import Backoff
 from relay.queries import REFUSED, TROUBLE, LaneRow, Meta, Queries, connect
 from relay.transaction import check_settings
 from relay.worker import LaneWorker, Shared
+
+if TYPE_CHECKING:
+    from relay.registry import Registry
 
 log = structlog.get_logger("relay")
 
@@ -38,9 +42,6 @@ HEARTBEAT = 10.0
 
 FORGET = HEARTBEAT * 3
 """Seconds of silence after which a relay counts no more when lanes are shared out."""
-
-BACKOFF_FIRST, BACKOFF_MOST = 0.1, 5.0
-"""Seconds before the first retry, and at most. It doubles in between, with jitter, for ever."""
 
 CONNECTIONS = 200
 """Most connections to the database. They are opened when needed: two for each lane held, and one."""
@@ -68,17 +69,6 @@ async def opened(queries: Queries, schema: str) -> Meta:
             "upgrade the relay, or run `outbox migrate`"
         )
     return await queries.meta()
-
-
-class Backoff:
-    """Waits that grow, drawn between half of the step and all of it."""
-
-    def __init__(self) -> None:
-        self._step = BACKOFF_FIRST
-
-    def wait(self) -> float:
-        step, self._step = self._step, min(self._step * 2, BACKOFF_MOST)
-        return step * random.uniform(0.5, 1.0)  # noqa: S311 -- jitter, no secret
 
 
 @dataclass(slots=True)
@@ -145,6 +135,7 @@ class Relay:
         queries = Queries(pool, self._config.schema)
         threads = ThreadPoolExecutor(THREADS, thread_name_prefix="kafka")
         try:
+            registry = _registry(self._config, queries, threads)
             meta = await self._patiently("database", lambda: self._opened(queries))
             if meta is None or not await self._patiently("kafka", lambda: self._topic(meta, threads)):
                 return
@@ -155,7 +146,7 @@ class Relay:
                 lanes=meta.lanes,
                 version=version("kafka-outbox"),
             )
-            shared = Shared(self._config, self._id, meta, queries, threads, self._failpoint)
+            shared = Shared(self._config, self._id, meta, queries, threads, self._failpoint, registry)
             while not self._stopping.is_set():
                 await self._patiently("database", lambda: self._tick(shared))
                 await self._sleep(TICK * random.uniform(0.8, 1.2))  # noqa: S311 -- jitter, no secret
@@ -319,6 +310,15 @@ class Relay:
             await queries.farewell(self._id)
         except TROUBLE as error:
             log.debug("no farewell", error=str(error))
+
+
+def _registry(config: RelayConfig, queries: Queries, threads: ThreadPoolExecutor) -> "Registry | None":
+    """Late: without a registry the relay needs neither its client nor the package `outbox`, which brings SQLAlchemy."""
+    if not config.registry:
+        return None
+    from relay.registry import Registry
+
+    return Registry(config, queries, threads)
 
 
 _NO_TROUBLE = _Trouble()

@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 import structlog
@@ -47,6 +47,9 @@ from relay.quarantine import Quarantine
 from relay.queries import TROUBLE, Meta, Queries
 from relay.record import Records
 from relay.transaction import Transactions, peek, typed
+
+if TYPE_CHECKING:
+    from relay.registry import Registry
 
 log = structlog.get_logger("relay")
 
@@ -78,6 +81,8 @@ class Shared:
     queries: Queries
     threads: Executor
     failpoint: Failpoint
+    registry: "Registry | None" = None
+    """None: no schema registry; the events bear Avro's own frame."""
 
     async def thread(self, call: Callable[..., T], *args: Any, waits: int = 1) -> T:
         """What `call` gives, from a thread. `waits`: how often it may wait for Kafka, `kafka_timeout` each time.
@@ -323,7 +328,8 @@ class _Cycle:
         self._floor = Floor()
         self._floor_read = 0.0
         self._pace = Pace(shared.config.poll_shortest, shared.config.poll_longest)
-        self._records = Records(shared.config.source or f"/outbox/{shared.meta.name}")
+        frames = shared.registry.frames if shared.registry else None
+        self._records = Records(shared.config.source or f"/outbox/{shared.meta.name}", frames)
         self._finishing: dict[int, _Finishing] = {}
         self.doubted = False
         self._last_event = self._last_progress = time.monotonic()
@@ -376,9 +382,24 @@ class _Cycle:
             config.batch_bytes,
         )
         shared.failpoint.done(Step.FETCH)
-        fetched = self._cut(rows) if rows else None
+        ready = await self._framed(rows)
+        if rows and not ready:
+            return None
+        fetched = self._cut(ready) if ready else None
         self._raise_floor(fetched, rows, limit, looked=bool(rows) or self._lane.batch == batch)
         return fetched
+
+    async def _framed(self, rows: list[Any]) -> list[Any]:
+        """The rows before the first one whose id in the registry is to be learned. None where that is the very first:
+        all ids were learned meanwhile, which may have taken long, so the rows are to be fetched anew."""
+        registry = self._shared.registry
+        if registry is None:
+            return rows
+        ready, refused = registry.part(rows)
+        self._quarantine.condemn(refused)
+        if rows and not ready:
+            await registry.learn(rows, self._stopping)
+        return ready
 
     def _cut(self, rows: list[Any]) -> _Fetched:
         """Part the rows to park from those to publish, and take no more than one progress can name."""

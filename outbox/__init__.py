@@ -2,6 +2,7 @@
 
 from outbox.catalogue import Catalogue, TypedEvent
 from outbox.errors import (
+    ConsumerStopped,
     DecodeError,
     EventError,
     EventTooLarge,
@@ -22,6 +23,7 @@ from outbox.writer import Outbox
 
 __all__ = [
     "Catalogue",
+    "ConsumerStopped",
     "DecodeError",
     "Event",
     "EventError",

@@ -8,6 +8,7 @@
     │   │   └── EventTooLarge      the encoded value is larger than Kafka would take
     │   ├── TransactionError    add() where there is no transaction to join
     │   └── SchemaError         an .avsc that cannot be used
+    ├── ConsumerStopped         a consumer has ended, by its policy or because Kafka's client has
     ├── MigrationError          the tables are missing, older, or newer than this code knows
     ├── RegistryError           the schema registry is away, slow, or does not let us in
     │   └── SchemaRefused          the registry will never take this schema as it is, or has no such schema
@@ -66,6 +67,10 @@ class RegistryError(OutboxError):
 
 class SchemaRefused(RegistryError):  # noqa: N818 - its base says Error, its name says which one
     """The registry refuses a schema for good (incompatible, invalid), or has none that was looked up."""
+
+
+class ConsumerStopped(OutboxError):  # noqa: N818 - named for what happened
+    """A consumer has ended: a message failed for good and the policy is to stop, or Kafka's client gave up."""
 
 
 class DecodeError(OutboxError):

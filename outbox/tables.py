@@ -16,6 +16,7 @@ from sqlalchemy import (
     Computed,
     DateTime,
     Identity,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -101,6 +102,9 @@ def tables(schema: str = SCHEMA, lanes: int = 1) -> MetaData:
     _dead_event(metadata)
     _meta(metadata)
     _inbox(metadata)
+    _consumer_partition(metadata)
+    _consumer_attempt(metadata)
+    _dead_message(metadata)
     return metadata
 
 
@@ -261,4 +265,60 @@ def _inbox(metadata: MetaData) -> None:
         PrimaryKeyConstraint("consumer", "event_id"),
         # Grows without dying, then dies in bulk (Inbox.purge). By count: a share of a large table would come too late.
         listeners=_storage({"autovacuum_vacuum_scale_factor": 0, "autovacuum_vacuum_threshold": 50_000}),
+    )
+
+
+def _consumer_partition(metadata: MetaData) -> None:
+    """The partitions that members of a consumer have taken: one that was not left clean may hold what killed one."""
+    Table(
+        "consumer_partition",
+        metadata,
+        Column("consumer", Text, nullable=False),
+        Column("topic", Text, nullable=False),
+        Column("partition", Integer, nullable=False),
+        Column("clean", Boolean, nullable=False),  # false from when it is taken until it is left with nothing at work
+        PrimaryKeyConstraint("consumer", "topic", "partition"),
+    )
+
+
+def _consumer_attempt(metadata: MetaData) -> None:
+    """Events whose handling was begun, kept after a death only: which of them was at work at the next one?"""
+    Table(
+        "consumer_attempt",
+        metadata,
+        Column("consumer", Text, nullable=False),
+        Column("event_id", Uuid, nullable=False),
+        Column("attempts", Integer, nullable=False),  # begun so many times, and never ended
+        PrimaryKeyConstraint("consumer", "event_id"),
+    )
+
+
+def _dead_message(metadata: MetaData) -> None:
+    """Messages that a consumer could not handle, as Kafka had them, and those of their key that wait behind them.
+
+    Each is claimed in the inbox: no redelivery handles it. Its row is what is owed (docs/consuming.md, Dead messages).
+    """
+    Table(
+        "dead_message",
+        metadata,
+        Column("consumer", Text, nullable=False),
+        Column("event_id", Uuid, nullable=False),  # of a message without one: made from where it stood
+        Column("seq", BigInteger, Identity(always=True), nullable=False),  # the order of a key
+        Column("topic", Text, nullable=False),
+        Column("partition", Integer, nullable=False),
+        Column("position", BigInteger, nullable=False),  # its offset, which SQL has as a reserved word
+        Column("sent_at", DateTime(timezone=True)),  # Kafka's timestamp
+        Column("key", LargeBinary),
+        Column("key_digest", LargeBinary),  # 16 bytes: a key may be longer than an index takes; null: no key
+        Column("value", LargeBinary),
+        Column("headers", JSONB, nullable=False),  # [[name, base64 or null], …]: names repeat, values are bytes
+        Column("reason", Text, nullable=False),  # failed, undecodable, unknown, killed, held, trying
+        Column("error", Text, nullable=False),
+        Column("stack", Text),
+        Column("attempts", Integer, nullable=False),
+        _moment("died_at"),
+        Column("retry_at", DateTime(timezone=True)),  # a person wants it tried again
+        Column("published_at", DateTime(timezone=True)),  # to the dead letter topic
+        PrimaryKeyConstraint("consumer", "event_id"),
+        Index("dead_message_key", "consumer", "topic", "key_digest", "seq"),  # which keys are held, and what comes first
     )

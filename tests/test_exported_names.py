@@ -4,6 +4,7 @@ import outbox
 
 NAMES = {
     "Catalogue",
+    "ConsumerStopped",
     "DecodeError",
     "Event",
     "EventError",

@@ -1,4 +1,4 @@
-"""The first tables: the outbox, its lanes and relays, schemas, dead events, the inbox.
+"""The first tables: the outbox, its lanes and relays, schemas, dead events, the inbox, what consumers keep.
 
 SQL as it was released, apart from the schema's name, the outbox's name and the number of lanes. outbox/tables.py says
 why each column is what it is. A released revision is never edited.
@@ -113,6 +113,41 @@ def statements(settings: Settings) -> list[str]:
     sql = TABLES.format(schema=settings.quoted_schema, lane=lane, lanes=settings.lanes, name=settings.sql_name)
     return [statement.strip() for statement in sql.split(";\n") if statement.strip()]
 
+CREATE TABLE {schema}.consumer_partition (
+    consumer  text    NOT NULL,
+    topic     text    NOT NULL,
+    partition integer NOT NULL,
+    clean     boolean NOT NULL,
+    PRIMARY KEY (consumer, topic, partition)
+);
+CREATE TABLE {schema}.consumer_attempt (
+    consumer text    NOT NULL,
+    event_id uuid    NOT NULL,
+    attempts integer NOT NULL,
+    PRIMARY KEY (consumer, event_id)
+);
+CREATE TABLE {schema}.dead_message (
+    consumer     text        NOT NULL,
+    event_id     uuid        NOT NULL,
+    seq          bigint      GENERATED ALWAYS AS IDENTITY,
+    topic        text        NOT NULL,
+    partition    integer     NOT NULL,
+    position     bigint      NOT NULL,
+    sent_at      timestamptz,
+    key          bytea,
+    key_digest   bytea,
+    value        bytea,
+    headers      jsonb       NOT NULL,
+    reason       text        NOT NULL,
+    error        text        NOT NULL,
+    stack        text,
+    attempts     integer     NOT NULL,
+    died_at      timestamptz NOT NULL DEFAULT now(),
+    retry_at     timestamptz,
+    published_at timestamptz,
+    PRIMARY KEY (consumer, event_id)
+);
+CREATE INDEX dead_message_key ON {schema}.dead_message (consumer, topic, key_digest, seq);
 
 def downgrade() -> None:
     raise NotImplementedError(

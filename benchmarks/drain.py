@@ -20,8 +20,8 @@ class Sizes:
     """How much is measured."""
 
     events: int = 200_000
-    rounds: int = 5
-    warming: int = 2
+    rounds: int = 7
+    warming: int = 8
     """Unmeasured rounds before, of each contender: the broker's JIT makes cold figures half as good."""
 
 

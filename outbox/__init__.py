@@ -17,6 +17,7 @@ from outbox.errors import (
     UnknownEventType,
     UsageError,
 )
+from outbox.headers import context
 from outbox.inbox import Inbox
 from outbox.message import Event, Message, uuid7
 from outbox.writer import Outbox
@@ -42,5 +43,6 @@ __all__ = [
     "TypedEvent",
     "UnknownEventType",
     "UsageError",
+    "context",
     "uuid7",
 ]

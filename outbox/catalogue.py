@@ -20,10 +20,16 @@ from fastavro import parse_schema, schemaless_reader, schemaless_writer
 from outbox import schemas
 from outbox.checks import Check, compile_check, faults
 from outbox.errors import DecodeError, EventTooLarge, InvalidEvent, SchemaError, UnknownEventType, show
+from outbox.headers import NONE, fault, is_storable
 from outbox.message import Event, Message, uuid7
 
-MAX_BYTES = 1_000_000
-"""Kafka's default limit of a batch is 1,048,588 bytes; this leaves room for key, headers and the frame."""
+MAX_BYTES = 1_048_588
+"""Kafka's default limit of a record batch, which holds one event at least: `max.message.bytes` of a topic."""
+
+# What Kafka counts beside value, key, type and the event's own headers, in bytes: a batch's head (61), the parts of a
+# record (at most 30), the frame (10), and the relay's headers (at most 150, and the source, /outbox/<name>, 208). An
+# event that fits is never too large for Kafka; one that does not is less than this away from what Kafka would take.
+_AROUND = 512
 
 _FRAME = struct.Struct("<2sq")  # single-object encoding: the marker, and the schema's fingerprint, little-endian
 _MARKER = b"\xc3\x01"
@@ -124,38 +130,45 @@ class Catalogue:
         """The subject of one of the catalogue's own schemas in a registry: `<topic>-value`."""
         return f"{self._own(fingerprint).topic}-value"
 
-    def encode(self, event: Event | TypedEvent, *, max_bytes: int = MAX_BYTES) -> Message:
+    def encode(
+        self, event: Event | TypedEvent, *, max_bytes: int = MAX_BYTES, headers: Mapping[str, str] = NONE
+    ) -> Message:
         """The row of an event, complete and checked: whatever is wrong with the event is said here.
 
         Left-out `event_type`, `event_id` (uuid7), `timestamp` (now) and `metadata`, and fields with a default, are
-        filled in. Raises UnknownEventType, InvalidEvent (type, field, remedy) or EventTooLarge (over `max_bytes`).
+        filled in. `headers` (checked ones) go with it; what the event says itself goes before. Raises UnknownEventType,
+        InvalidEvent (type, field, remedy) or EventTooLarge (over `max_bytes`, as Kafka counts a record).
         """
         if isinstance(event, Event):
             event_type = event.type
             record, preset = self._find(event_type)
             data = _complete(record, preset, event)
-            key, topic, headers = event.key, event.topic, event.headers
+            key, topic = event.key, event.topic
+            if event.headers:
+                headers = {**headers, **_own(event.headers, event_type)}
         else:
             record = self._of(event)
             data = _fields(event)
             event_type = _type_of(record, data)
-            key = topic = headers = None
+            key = topic = None
         value = _write(record, data, event_type)
-        if len(value) > max_bytes:
-            raise EventTooLarge(
-                f"{event_type}: {len(value):,} bytes encoded, more than the limit of {max_bytes:,}; "
-                "store the large part elsewhere and send a reference, or raise max_bytes and the topic's limit"
-            )
         if key is None and record.key is not None:
             key = data.get(record.key, record.key_default)
+        if key is not None:
+            key = _key(key, event_type)
+        size = _AROUND + len(event_type) + len(value) + _length(key)
+        if headers:
+            size += _size(headers)
+        if size > max_bytes:
+            raise EventTooLarge(_too_large(event_type, size, value, key, headers, max_bytes))
         return Message(
             id=_id(record, data.get("event_id"), event),
             type=event_type,
             topic=_topic(topic, event_type) if topic is not None else record.topic,
-            key=None if key is None else _key(key, event_type),
+            key=key,
             value=value,
             fingerprint=record.fingerprint,
-            headers=_headers(headers, event_type) if headers else None,
+            headers=headers or None,
         )
 
     def decode(self, value: bytes) -> Event | TypedEvent:
@@ -350,14 +363,9 @@ def _key(key: Any, event_type: str) -> str:
         return str(key)
     if not isinstance(key, str):
         raise InvalidEvent(f"{event_type}: the key is {show(key)}; give text (str)")
-    return _check_text(key, event_type, "the key")
-
-
-def _check_text(text: str, event_type: str, what: str) -> str:
-    """Refuse what UTF-8 or a PostgreSQL text column cannot hold."""
-    if "\0" in text or (not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)):
-        raise InvalidEvent(f"{event_type}: {what} {text!r} holds a NUL or a lone surrogate; PostgreSQL's text cannot")
-    return text
+    if not is_storable(key):
+        raise InvalidEvent(f"{event_type}: the key {key!r} holds a NUL or a lone surrogate; PostgreSQL's text cannot")
+    return key
 
 
 def _topic(topic: Any, event_type: str) -> str:
@@ -366,17 +374,33 @@ def _topic(topic: Any, event_type: str) -> str:
     return topic
 
 
-def _headers(headers: Mapping[str, str], event_type: str) -> Mapping[str, str]:
+def _own(headers: Mapping[str, str], event_type: str) -> Mapping[str, str]:
     for name, value in headers.items():
-        given: tuple[object, object] = (name, value)
-        if not all(isinstance(text, str) for text in given):
-            raise InvalidEvent(
-                f"{event_type}: header {name!r} is {show(value)}; names and values of headers are text (str)"
-            )
-        if name.startswith("ce_") or name == "content-type":
-            raise InvalidEvent(f"{event_type}: header {name} is set by the relay; choose another name")
-        _check_text(name + value, event_type, f"header {name!r}:")
+        if problem := fault(name, value):
+            raise InvalidEvent(f"{event_type}: {problem}")
     return headers
+
+
+def _length(text: str | None) -> int:
+    """Of its UTF-8."""
+    if text is None:
+        return 0
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _size(headers: Mapping[str, str]) -> int:
+    """What they add to a record: each name and value, and the length of each (2 bytes up to 8,191, at most 5)."""
+    return sum(10 + _length(name) + _length(value) for name, value in headers.items())
+
+
+def _too_large(
+    event_type: str, size: int, value: bytes, key: str | None, headers: Mapping[str, str], limit: int
+) -> str:
+    return (
+        f"{event_type}: a record of {size:,} bytes (value {len(value):,}, key {_length(key):,}, headers "
+        f"{_size(headers):,}), more than the limit of {limit:,}; store the large part elsewhere and send a reference, "
+        "or raise max_bytes and the topic's max.message.bytes"
+    )
 
 
 def _unframe(value: bytes) -> int:

@@ -5,7 +5,7 @@
     │   ├── EventError          an event that cannot be written
     │   │   ├── UnknownEventType   no schema in the catalogue has this event type
     │   │   ├── InvalidEvent       a missing, unknown or wrong field; naive datetime; malformed uuid; key not text
-    │   │   └── EventTooLarge      the encoded value is larger than Kafka would take
+    │   │   └── EventTooLarge      the record would be larger than Kafka takes
     │   ├── TransactionError    add() where there is no transaction to join
     │   └── SchemaError         an .avsc that cannot be used
     ├── ConsumerStopped         a consumer has ended, by its policy or because Kafka's client has
@@ -46,7 +46,7 @@ class InvalidEvent(EventError):  # noqa: N818 - its base says Error, its name sa
 
 
 class EventTooLarge(EventError):  # noqa: N818 - its base says Error, its name says which one
-    """The encoded value is larger than `max_bytes`. The message names both sizes."""
+    """The record, as Kafka counts it, would be larger than `max_bytes`. The message names both sizes and the parts."""
 
 
 class TransactionError(UsageError):

@@ -12,9 +12,8 @@ UPDATE has locked the aggregate, and the order of the key would be void.
 """
 
 import json
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import attrgetter
 from threading import Lock
@@ -28,6 +27,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from outbox.catalogue import MAX_BYTES, Catalogue, TypedEvent
 from outbox.errors import TransactionError
+from outbox.headers import current
 from outbox.message import Event, Message
 from outbox.tables import SCHEMA, quoted, tables
 from outbox.transaction import (
@@ -91,7 +91,7 @@ class Outbox:
     """
 
     def __init__(self, catalogue: Catalogue, *, schema: str = SCHEMA, max_bytes: int = MAX_BYTES) -> None:
-        """`max_bytes`: the largest encoded value; no larger than the topics' `max.message.bytes` less the headers."""
+        """`max_bytes`: the largest record, as Kafka counts it; no more than the topics' `max.message.bytes`."""
         self.catalogue = catalogue
         self.schema = schema
         self.max_bytes = max_bytes
@@ -103,17 +103,20 @@ class Outbox:
         self._compiled: dict[tuple[str, _Statement], tuple[str, list[str] | None]] = {}
         _hook_sessions()
 
-    def add(self, session: AnySession, *events: Event | TypedEvent) -> list[UUID]:
+    def add(
+        self, session: AnySession, *events: Event | TypedEvent, headers: Mapping[str, str] | None = None
+    ) -> list[UUID]:
         """Put events into the session's transaction; their ids. No I/O, no await, never commits.
 
         They are committed with it or not at all, savepoints included, in the order of the calls. Begins the transaction
-        where none is open, as any statement of the session would.
+        where none is open, as any statement of the session would. `headers`: Kafka headers of each of these events,
+        beside those of the context (outbox/headers.py).
 
         Raises UnknownEventType, InvalidEvent or EventTooLarge for an event, and then none of the call's events is
         added; TransactionError where there is no transaction to join. The commit raises TransactionError if a savepoint
         is still open then, MigrationError if the tables are missing.
         """
-        messages = self._encode(events)
+        messages = self._encode(events, headers)
         target = session_of(session)
         join(target)
         ledger = _ledger_of(target)
@@ -127,22 +130,24 @@ class Outbox:
             _write_late(target, ledger, before)
         return [message.id for message in messages]
 
-    def insert(self, *events: Event | TypedEvent) -> sa.Executable:
+    def insert(self, *events: Event | TypedEvent, headers: Mapping[str, str] | None = None) -> sa.Executable:
         """An INSERT of these events for `execute` of a Core Connection or AsyncConnection; part of its transaction.
 
-        Raises what `add` raises for an event. Executing it raises TransactionError on a connection in AUTOCOMMIT and
-        MigrationError where the tables are missing.
+        `headers` as in `add`. Raises what `add` raises for an event. Executing it raises TransactionError on a
+        connection in AUTOCOMMIT and MigrationError where the tables are missing.
         """
-        messages = self._encode(events)
+        messages = self._encode(events, headers)
         return self._insert_with_schemas.bindparams(**self._parameters(messages, self._fingerprints(messages)))
 
-    async def add_asyncpg(self, connection: AsyncpgConnection, *events: Event | TypedEvent) -> list[UUID]:
+    async def add_asyncpg(
+        self, connection: AsyncpgConnection, *events: Event | TypedEvent, headers: Mapping[str, str] | None = None
+    ) -> list[UUID]:
         """Insert events through a bare asyncpg connection, in its open transaction; their ids.
 
-        Raises what `add` raises for an event, TransactionError outside a transaction, MigrationError where the tables
-        are missing.
+        `headers` as in `add`. Raises what `add` raises for an event, TransactionError outside a transaction,
+        MigrationError where the tables are missing.
         """
-        messages = self._encode(events)
+        messages = self._encode(events, headers)
         if not connection.is_in_transaction():
             raise TransactionError(
                 "the asyncpg connection is in no transaction, so data and events could be committed one without the"
@@ -160,10 +165,9 @@ class Outbox:
         statement.schema = self.schema
         return statement
 
-    def _encode(self, events: Sequence[Event | TypedEvent]) -> list[Message]:
-        messages = [self.catalogue.encode(event, max_bytes=self.max_bytes) for event in events]
-        trace = _trace_headers()
-        return [_traced(message, trace) for message in messages] if trace else messages
+    def _encode(self, events: Sequence[Event | TypedEvent], headers: Mapping[str, str] | None) -> list[Message]:
+        given, encode, limit = current(headers), self.catalogue.encode, self.max_bytes
+        return [encode(event, max_bytes=limit, headers=given) for event in events]
 
     def _fingerprints(self, messages: Sequence[Message]) -> set[int]:
         return {message.fingerprint for message in messages if message.fingerprint is not None}
@@ -372,21 +376,3 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
         else:
             ledger.entries = [entry for entry in ledger.entries if transaction not in entry.savepoints]
         ledger.releasing = None
-
-
-# --- The trace that an event belongs to ---
-
-
-def _trace_headers() -> dict[str, str]:
-    """W3C trace context of the current span. Without an import: a process that traces has made it."""
-    trace = sys.modules.get("opentelemetry.trace")
-    span = trace.get_current_span().get_span_context() if trace else None
-    if span is None or not span.is_valid:
-        return {}
-    headers = {"traceparent": f"00-{span.trace_id:032x}-{span.span_id:016x}-{int(span.trace_flags):02x}"}
-    return headers | ({"tracestate": span.trace_state.to_header()} if span.trace_state else {})
-
-
-def _traced(message: Message, trace: dict[str, str]) -> Message:
-    """What the event says itself goes before."""
-    return replace(message, headers=trace | dict(message.headers or {}))

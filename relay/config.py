@@ -40,7 +40,8 @@ KAFKA_GUARANTEE: Mapping[str, str] = {
 
 KAFKA_DEFAULTS: Mapping[str, str | int | float | bool] = {
     "client.id": "outbox-relay",
-    "linger.ms": 1,
+    # A flush sends at once, so this only gathers the records of a large batch into fewer requests.
+    "linger.ms": 5,
     "batch.size": 1_000_000,
     # With librdkafka's default of 100 ms the p99 of a small transaction is 90-120 ms (docs/design.md, "The lane
     # protocol").

@@ -214,21 +214,29 @@ class Queries:
         None while the lane is not at `batch` or one further (a delete under way): a pooler may go on with a database
         that was restored, and its rows be back.
 
-        At most `rows` rows, and no more after the values reach `size` bytes (one row at least): the sum is made by the
-        database before a value is read. Columns: seq, id (text), type, topic, key, value, fingerprint, headers (JSON
+        At most `rows` rows, and no more after the values reach `size` bytes (one row at least): the database adds the
+        lengths up before a value is read. Columns: seq, id (text), type, topic, key, value, fingerprint, headers (JSON
         text), created (ms since 1970, null for an infinite one).
         """
+        waiting = f"""
+            FROM {self._schema}.outbox
+             WHERE lane = $1 AND seq > $2 AND NOT seq <@ $3::int8multirange
+               AND (SELECT batch FROM {self._schema}.lane WHERE lane = $1) - $6 BETWEEN 0 AND 1
+             ORDER BY seq"""
+        # A running sum over each row would cost as much again as the rows themselves: only where the plain one is too
+        # large.
         return await db.fetch(  # type: ignore[no-any-return]
             f"""
             SELECT seq, id::text, type, topic, key, value, fingerprint, headers::text,
                    CASE WHEN isfinite(created_at) THEN (date_part('epoch', created_at) * 1000)::bigint END AS created
-              FROM (SELECT *, sum(octet_length(value)) OVER (
-                                  ORDER BY seq ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
-                      FROM {self._schema}.outbox
-                     WHERE lane = $1 AND seq > $2 AND NOT seq <@ $3::int8multirange
-                       AND (SELECT batch FROM {self._schema}.lane WHERE lane = $1) - $6 BETWEEN 0 AND 1
-                     ORDER BY seq LIMIT $4) AS o
-             WHERE before IS NULL OR before < $5
+            {waiting} LIMIT CASE
+                WHEN (SELECT sum(octet_length(value)) FROM (SELECT value {waiting} LIMIT $4) AS o) > $5
+                THEN (SELECT count(*) FROM (
+                          SELECT sum(octet_length(value)) OVER (
+                                     ORDER BY seq ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
+                          {waiting} LIMIT $4) AS o
+                       WHERE before IS NULL OR before < $5)
+                ELSE $4 END
             """,
             lane,
             floor,

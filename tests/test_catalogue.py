@@ -300,14 +300,18 @@ def test_what_is_no_event_is_refused() -> None:
         UNTYPED.encode({"event_type": "x"})  # type: ignore[arg-type] # the mistake under test
 
 
-def test_a_value_over_the_limit_is_refused_with_both_sizes() -> None:
-    size = len(encode({**INSPECTION, "chip_id": ""}).value or b"")
-    fits = encode({**INSPECTION, "chip_id": "x" * 100})
-    assert len(fits.value or b"") == size + 101  # the length takes a second byte
-    with pytest.raises(EventTooLarge, match=rf"{COMPLETED}: {size + 101} bytes encoded, more than the limit of {size}"):
-        UNTYPED.encode(Event(COMPLETED, {**INSPECTION, "chip_id": "x" * 100}), max_bytes=size)
-    with pytest.raises(EventTooLarge, match=r"1,000,1\d\d bytes encoded, more than the limit of 1,000,000"):
-        encode({**INSPECTION, "chip_id": "x" * 1_000_000})
+def test_an_event_over_the_limit_is_refused_with_both_sizes_and_its_parts() -> None:
+    event = Event(COMPLETED, {**INSPECTION, "chip_id": "x" * 2_000}, key="\u00e9", headers={"a": "\u00e9"})
+    value = len(UNTYPED.encode(event).value or b"")
+    size = 512 + len(COMPLETED) + value + 2 + (10 + 1 + 2)
+    assert UNTYPED.encode(event, max_bytes=size).key == "\u00e9"
+    with pytest.raises(EventTooLarge) as error:
+        UNTYPED.encode(event, max_bytes=size - 1)
+    said = f"{COMPLETED}: a record of {size:,} bytes (value {value:,}, key 2, headers 13), more than the limit of"
+    assert str(error.value).startswith(f"{said} {size - 1:,};")
+    for large in ({"key": "k" * 1_048_000}, {"headers": {"h": "x" * 1_048_000}}):
+        with pytest.raises(EventTooLarge, match="more than the limit of 1,048,588"):
+            encode(INSPECTION, **large)
 
 
 # --- the bytes are Avro's

@@ -23,6 +23,7 @@ NAMES = {
     "TypedEvent",
     "UnknownEventType",
     "UsageError",
+    "context",
     "uuid7",
 }
 

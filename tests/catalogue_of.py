@@ -22,10 +22,20 @@ UNION ALL
 SELECT format('%s sequence type=%s start=%s by=%s max=%s cache=%s cycle=%s', o.relname, seqtypid::regtype, seqstart,
               seqincrement, seqmax, seqcache, seqcycle)
 FROM ours o JOIN pg_sequence ON seqrelid = o.oid
+UNION ALL
+SELECT format('%s view %s', relname, pg_get_viewdef(oid)) FROM ours WHERE relkind = 'v'
+UNION ALL
+SELECT format('%s trigger %s', relname, replace(pg_get_triggerdef(t.oid), quote_ident(:schema) || '.', ''))
+FROM ours o JOIN pg_trigger t ON tgrelid = o.oid WHERE NOT tgisinternal
+UNION ALL
+SELECT format('function %s', replace(replace(pg_get_functiondef(f.oid), quote_ident(:schema) || '.', ''),
+                                     '"' || replace(:schema, '"', '""') || '".', ''))
+FROM pg_proc f JOIN pg_namespace n ON n.oid = pronamespace WHERE n.nspname = :schema
 ORDER BY 1
 """
 
 
 def catalogue_of(connection: sa.Connection, schema: str) -> list[str]:
-    """Relations with storage options, columns with defaults and generation expressions, constraints, sequences."""
+    """Relations with storage options, columns with defaults and generation expressions, constraints, sequences, views,
+    triggers and functions."""
     return list(connection.scalars(sa.text(QUERY), {"schema": schema}))

@@ -17,7 +17,7 @@ TABLES = """
 CREATE TABLE {schema}.outbox (
     lane        smallint    GENERATED ALWAYS AS ({lane}) STORED NOT NULL,
     seq         bigint      GENERATED ALWAYS AS IDENTITY (CACHE 1),
-    id          uuid        NOT NULL,
+    id          uuid        NOT NULL DEFAULT gen_random_uuid(),
     type        text        NOT NULL,
     topic       text        NOT NULL,
     key         text,
@@ -25,7 +25,10 @@ CREATE TABLE {schema}.outbox (
     fingerprint bigint,
     headers     jsonb,
     created_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
-    PRIMARY KEY (lane, seq)
+    PRIMARY KEY (lane, seq),
+    CONSTRAINT outbox_headers_are_texts
+        CHECK (jsonb_typeof(headers) IN ('object', 'null')
+               AND NOT headers @? 'strict $.* ? (@.type() != "string" && @.type() != "null")')
 ) WITH (
     autovacuum_vacuum_scale_factor = 0,
     autovacuum_vacuum_threshold = 10000,
@@ -34,6 +37,22 @@ CREATE TABLE {schema}.outbox (
 );
 CREATE TABLE {schema}.lane (
     lane        smallint PRIMARY KEY,
+CREATE FUNCTION {schema}.route_outboxevent() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        NEW.id := coalesce(NEW.id, gen_random_uuid());
+        INSERT INTO {schema}.outbox (id, type, topic, key, value, headers)
+        VALUES (NEW.id, NEW.type, TG_ARGV[0] || NEW.aggregatetype, NEW.aggregateid,
+                convert_to(NEW.payload::text, 'UTF8'),
+                CASE WHEN NEW.payload IS NULL THEN NEW.headers
+                     ELSE '{{"content-type": "application/json"}}' || coalesce(NEW.headers, '{{}}') END);
+        RETURN NEW;
+    END $$;
+CREATE VIEW {schema}.outboxevent AS
+    SELECT NULL::uuid AS id, NULL::text AS aggregatetype, NULL::text AS aggregateid, NULL::text AS type,
+           NULL::json AS payload, NULL::jsonb AS headers
+     WHERE false;
+CREATE TRIGGER route INSTEAD OF INSERT ON {schema}.outboxevent
+    FOR EACH ROW EXECUTE FUNCTION {schema}.route_outboxevent('outbox.event.');
     batch       bigint   NOT NULL DEFAULT 0,
     released    boolean  NOT NULL DEFAULT true,
     owner       uuid,
@@ -92,27 +111,6 @@ CREATE TABLE {schema}.inbox (
     processed_at timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (consumer, event_id)
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50000);
-INSERT INTO {schema}.lane (lane) SELECT generate_series(0, {lanes} - 1);
-INSERT INTO {schema}.meta (name, uuid, lanes, home)
-SELECT {name}, gen_random_uuid(), {lanes}, concat(system_identifier, '/', oid)
-  FROM pg_control_system(), pg_database WHERE datname = current_database();
-"""
-
-LANE_OF_ONE = "0"
-LANE_OF_KEY = "mod(hashtext(coalesce(key, id::text)) & 2147483647, {lanes})"
-
-
-def upgrade() -> None:
-    for statement in statements(settings_of(op)):
-        op.execute(statement)
-
-
-def statements(settings: Settings) -> list[str]:
-    """The revision's SQL, one statement an item: asyncpg prepares one at a time."""
-    lane = LANE_OF_ONE if settings.lanes == 1 else LANE_OF_KEY.format(lanes=settings.lanes)
-    sql = TABLES.format(schema=settings.quoted_schema, lane=lane, lanes=settings.lanes, name=settings.sql_name)
-    return [statement.strip() for statement in sql.split(";\n") if statement.strip()]
-
 CREATE TABLE {schema}.consumer_partition (
     consumer  text    NOT NULL,
     topic     text    NOT NULL,
@@ -150,6 +148,27 @@ CREATE TABLE {schema}.dead_message (
 CREATE INDEX dead_message_key ON {schema}.dead_message (consumer, topic, key_digest, seq);
 
 def downgrade() -> None:
+INSERT INTO {schema}.lane (lane) SELECT generate_series(0, {lanes} - 1);
+INSERT INTO {schema}.meta (name, uuid, lanes, home)
+SELECT {name}, gen_random_uuid(), {lanes}, concat(system_identifier, '/', oid)
+  FROM pg_control_system(), pg_database WHERE datname = current_database();
+"""
+
+LANE_OF_ONE = "0"
+LANE_OF_KEY = "mod(hashtext(coalesce(key, id::text)) & 2147483647, {lanes})"
+
+
+def upgrade() -> None:
+    for statement in statements(settings_of(op)):
+        op.execute(statement)
+
+
+def statements(settings: Settings) -> list[str]:
+    """The revision's SQL, one statement an item: asyncpg prepares one at a time."""
+    lane = LANE_OF_ONE if settings.lanes == 1 else LANE_OF_KEY.format(lanes=settings.lanes)
+    sql = TABLES.format(schema=settings.quoted_schema, lane=lane, lanes=settings.lanes, name=settings.sql_name)
+    return [statement.strip() for statement in re.split(r";\n(?! )", sql) if statement.strip()]  # a body is indented
+
     raise NotImplementedError(
         "a downgrade would drop committed events; to remove an empty outbox: DROP SCHEMA … CASCADE"
     )

@@ -4,6 +4,8 @@ SQL as it was released, apart from the schema's name, the outbox's name and the 
 why each column is what it is. A released revision is never edited.
 """
 
+import re
+
 from alembic import op
 
 from outbox.migrate import Settings, settings_of
@@ -35,8 +37,6 @@ CREATE TABLE {schema}.outbox (
     autovacuum_vacuum_cost_delay = 0,
     autovacuum_vacuum_insert_threshold = -1
 );
-CREATE TABLE {schema}.lane (
-    lane        smallint PRIMARY KEY,
 CREATE FUNCTION {schema}.route_outboxevent() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
         NEW.id := coalesce(NEW.id, gen_random_uuid());
@@ -53,6 +53,8 @@ CREATE VIEW {schema}.outboxevent AS
      WHERE false;
 CREATE TRIGGER route INSTEAD OF INSERT ON {schema}.outboxevent
     FOR EACH ROW EXECUTE FUNCTION {schema}.route_outboxevent('outbox.event.');
+CREATE TABLE {schema}.lane (
+    lane        smallint PRIMARY KEY,
     batch       bigint   NOT NULL DEFAULT 0,
     released    boolean  NOT NULL DEFAULT true,
     owner       uuid,
@@ -146,8 +148,6 @@ CREATE TABLE {schema}.dead_message (
     PRIMARY KEY (consumer, event_id)
 );
 CREATE INDEX dead_message_key ON {schema}.dead_message (consumer, topic, key_digest, seq);
-
-def downgrade() -> None:
 INSERT INTO {schema}.lane (lane) SELECT generate_series(0, {lanes} - 1);
 INSERT INTO {schema}.meta (name, uuid, lanes, home)
 SELECT {name}, gen_random_uuid(), {lanes}, concat(system_identifier, '/', oid)
@@ -169,6 +169,8 @@ def statements(settings: Settings) -> list[str]:
     sql = TABLES.format(schema=settings.quoted_schema, lane=lane, lanes=settings.lanes, name=settings.sql_name)
     return [statement.strip() for statement in re.split(r";\n(?! )", sql) if statement.strip()]  # a body is indented
 
+
+def downgrade() -> None:
     raise NotImplementedError(
         "a downgrade would drop committed events; to remove an empty outbox: DROP SCHEMA … CASCADE"
     )

@@ -131,6 +131,29 @@ def test_an_unknown_setting_like_none_is_refused_with_the_known_ones() -> None:
     assert "OUTBOX_BATCH_ROWS" in text
 
 
+def test_the_settings_that_the_guarantee_rests_on_are_these() -> None:
+    """Named once more: a line that is lost from the table would be refused, and tested, no longer."""
+    assert set(KAFKA_GUARANTEE) == {
+        "transactional.id",
+        "enable.idempotence",
+        "enable.gapless.guarantee",
+        "acks",
+        "request.required.acks",
+        "max.in.flight.requests.per.connection",
+        "max.in.flight",
+        "message.send.max.retries",
+        "retries",
+        "isolation.level",
+        "group.id",
+        "enable.auto.commit",
+        "delivery.report.only.error",
+        "partitioner",
+        "log_level",
+        "log.connection.close",
+        "log.queue",
+    }
+
+
 @pytest.mark.parametrize("name", KAFKA_GUARANTEE)
 def test_what_the_guarantee_rests_on_is_refused_by_name_from_the_environment(name: str) -> None:
     text = refusal({**LEAST, "OUTBOX_KAFKA_" + name.replace(".", "_").upper(): "1"})

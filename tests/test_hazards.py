@@ -6,18 +6,22 @@ process, through a proxy that makes each kind of request late, at each moment at
 recycling is switched off (by a patch of the test's own, put into the process), the harm is seen.
 """
 
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import psycopg
 import pytest
 
 from relay import worker
 from relay.config import RelayConfig
 from relay.errors import KafkaTrouble
+from relay.transaction import peek
 from tests.conftest import MakeDatabase, started
 from tests.kafka_proxy import Api, KafkaProxy, Trap
 from tests.relay_process import Reader, RelayProcess, Site, check_exactly_once, compare, id_of
@@ -228,6 +232,7 @@ def test_what_a_dead_relay_sent_arrives_after_its_successor_came(line: Line, api
     line.seed()
     late.wait()
     again.wait()
+    assert line.site.value("SELECT count(*) FROM outbox.outbox") == ROWS, "none goes before the commit is answered"
     first.kill()
     line.site.taken()
     check_late(api, late.deliver())
@@ -250,6 +255,64 @@ def test_the_end_of_a_dead_relays_transaction_that_arrives_before_its_successor_
     check_exactly_once(line.site)
 
 
+def test_a_batch_that_the_former_owner_commits_while_its_lane_is_taken_is_finished(line: Line) -> None:
+    """Why the progress is read after the fence: the former owner wakes up between the two, in the midst of a batch."""
+    former = line.site.taken(OUTBOX_LEASE="1")
+    line.publish(former)
+    batch = line.next
+    progress = line.proxy.stall(Api.TXN_OFFSET_COMMIT, line.id_of(batch))
+    line.seed()
+    progress.wait()
+    former.signal(signal.SIGSTOP)
+    fence = line.proxy.stall(Api.INIT_PRODUCER_ID, line.id_of(batch))
+    successor = line.site.relay()
+    fence.wait()
+    with psycopg.connect(line.site.url) as holder, Reader(line.site.bootstrap, [line.topic]) as reader:
+        holder.execute("SELECT * FROM outbox.lane FOR UPDATE")  # so that the former owner's delete waits
+        progress.release()
+        former.signal(signal.SIGCONT)
+        reader.until(lambda found: len(found) == 2 * ROWS)
+        former.kill()
+        holder.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+    fence.release()
+    assert successor.wait_for("lane taken")["batch"] == batch
+    check_exactly_once(line.site)
+
+
+# ---- how a transaction is sent ---------------------------------------------------------------------------------------
+
+
+def test_events_come_before_their_progress_and_the_two_ids_take_turns(line: Line) -> None:
+    relay = line.site.taken()
+    line.proxy.clear()
+    ids = [line.id_of(line.next + number) for number in range(3)]
+    for _ in ids:
+        line.publish(relay)
+    sent = [(request.api, request.transactional_id) for request in line.proxy.seen]
+    assert [id_ for api, id_ in sent if api == Api.END_TXN] == ids
+    kinds = [api for api, _ in groupby(api for api, id_ in sent if id_ == ids[1])]
+    assert kinds[-3:] == [Api.ADD_OFFSETS_TO_TXN, Api.TXN_OFFSET_COMMIT, Api.END_TXN], "all else comes before"
+    assert Api.PRODUCE in kinds
+    check_exactly_once(line.site)
+
+
+def test_a_lane_at_rest_writes_the_same_progress_again_with_both_ids(line: Line) -> None:
+    config = RelayConfig(database_url=line.site.url, kafka={"bootstrap.servers": line.site.bootstrap})
+    relay = line.site.taken(OUTBOX_KEEPALIVE="0.2")
+    line.publish(relay)
+    before = peek(config, line.site.name, 0)
+    assert before is not None
+    assert before.runs
+    line.proxy.clear()
+    relay.wait_for("progress kept alive", len(relay.said("progress kept alive")) + 2)
+    kept = {request.transactional_id for request in line.proxy.seen if request.api == Api.TXN_OFFSET_COMMIT}
+    assert kept == {line.id_of(0), line.id_of(1)}
+    assert peek(config, line.site.name, 0) == before
+
+
 # ---- what the client does not say ------------------------------------------------------------------------------------
 
 
@@ -262,6 +325,24 @@ def test_a_connection_lost_again_and_again_is_noticed_each_time(line: Line) -> N
     takes = len(relay.said("lane taken"))
     late = line.lose(relay, Api.END_TXN)
     relay.wait_for("lane taken", takes + 1)
+    line.publish(relay)
+    stalled = line.half(line.next)
+    check_late(Api.END_TXN, late.deliver())
+    stalled.release()
+    check_exactly_once(line.site)
+
+
+def test_losses_while_the_id_is_fenced_do_not_hide_the_one_that_matters(line: Line) -> None:
+    """Those are forgotten when the fence has returned. The third like error of a connection is not in the client's
+    ordinary log."""
+    even = line.id_of(2)
+    fences = [line.proxy.lose(Api.INIT_PRODUCER_ID, even) for _ in range(2)]
+    relay = line.site.taken()
+    assert all(fence.caught for fence in fences)
+    while line.next % 2:
+        line.publish(relay)
+    late = line.lose(relay, Api.END_TXN)
+    relay.wait_for("lane taken", 2)
     line.publish(relay)
     stalled = line.half(line.next)
     check_late(Api.END_TXN, late.deliver())

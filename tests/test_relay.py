@@ -220,18 +220,18 @@ def test_a_batch_holds_no_more_bytes_than_it_may_but_for_its_last_event(site: Si
     assert sum(sizes(relay)) == 32
 
 
-def test_a_batch_is_cut_where_its_progress_would_not_fit(make_site: Callable[[int], Site], topic: MakeTopic) -> None:
-    """Four lanes of keys at random: the seqs of a lane have gaps of any length."""
-    site = make_site(4)
-    name = topic(4)
+def test_a_batch_is_cut_where_its_progress_would_not_fit(site: Site, topic: MakeTopic) -> None:
+    """Seqs with gaps of any length, as rollbacks leave them: of 8,000 rows that are fetched less than half are taken.
+    What was fetched and not taken must not count for the floor."""
     site.rows(
-        "INSERT INTO outbox.outbox (id, type, topic, key, value)"
-        " SELECT gen_random_uuid(), 't', %s, md5((g / (1 + g %% 7))::text), 'x' FROM generate_series(1, 40000) AS g",
-        name,
+        "INSERT INTO outbox.outbox (seq, id, type, topic, key, value) OVERRIDING SYSTEM VALUE"
+        " SELECT sum(1 + floor(random() * 1000)) OVER (ORDER BY g), gen_random_uuid(), 't', %s, md5(g::text), 'x'"
+        " FROM generate_series(1, 20000) AS g",
+        topic(4),
     )
-    relay = site.taken(3)
-    assert len(check_exactly_once(site)) == 40_000
-    assert 1_000 < max(sizes(relay)) < 8_000
+    relay = site.taken()
+    assert len(check_exactly_once(site)) == 20_000
+    assert 1_000 < max(sizes(relay)) < 4_000
     assert not relay.said("lane in trouble")
 
 
@@ -333,6 +333,7 @@ def test_a_drain_that_takes_too_long_is_abandoned_and_nothing_is_doubled(site: S
         relay.wait_for("batch abandoned")
         holder.rollback()
     assert relay.wait() == 0
+    assert site.value("SELECT released FROM outbox.lane") is False, "something was under way"
     site.taken()
     assert len(check_exactly_once(site)) == 10
 

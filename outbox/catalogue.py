@@ -162,13 +162,13 @@ class Catalogue:
         if size > max_bytes:
             raise EventTooLarge(_too_large(event_type, size, value, key, headers, max_bytes))
         return Message(
-            id=_id(record, data.get("event_id"), event),
-            type=event_type,
-            topic=_topic(topic, event_type) if topic is not None else record.topic,
-            key=key,
-            value=value,
-            fingerprint=record.fingerprint,
-            headers=headers or None,
+            _id(record, data.get("event_id"), event),
+            event_type,
+            record.topic if topic is None else _topic(topic, event_type),
+            key,
+            value,
+            record.fingerprint,
+            headers or None,
         )
 
     def decode(self, value: bytes) -> Event | TypedEvent:

@@ -4,10 +4,10 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from random import Random
-from typing import Any
-from uuid import UUID
+from typing import Any, NamedTuple
+from uuid import UUID, SafeUUID
 
 from outbox.errors import InvalidEvent
 
@@ -16,6 +16,12 @@ from outbox.errors import InvalidEvent
 _random = Random()  # noqa: S311 - see above
 if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
     os.register_at_fork(after_in_child=_random.seed)
+
+_VERSION_7 = 0x7000 << 64 | 0x8 << 60  # with the variant of RFC 9562
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)
+_UNKNOWN = SafeUUID.unknown
+_set = object.__setattr__  # a UUID refuses its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +46,11 @@ class Event:
     """Kafka headers beside the CloudEvents ones."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """One row of the outbox = one record in Kafka. Every field is final: nothing downstream looks into `value`."""
+class Message(NamedTuple):
+    """One row of the outbox = one record in Kafka. Every field is final: nothing downstream looks into `value`.
+
+    A tuple, in the order of the INSERT's columns: a dataclass takes a microsecond more to make.
+    """
 
     id: UUID
     type: str
@@ -62,15 +70,17 @@ def uuid7() -> UUID:
     48 bits of Unix milliseconds, 12 bits of the fraction of the millisecond (section 6.2, method 3), 62 random bits.
     Ids of two processes, or of one within the clock's resolution, have no promised order.
     """
-    milliseconds, nanoseconds = divmod(time.time_ns(), 1_000_000)
-    fraction = (nanoseconds << 12) // 1_000_000
-    random = _random.getrandbits(62)
-    return UUID(int=(milliseconds & 0xFFFF_FFFF_FFFF) << 80 | (0x7000 | fraction) << 64 | 0x8 << 60 | random)
+    ticks = (time.time_ns() << 12) // 1_000_000
+    made = object.__new__(UUID)
+    # As UUID(int=…) does, without its checks, which take half of the time.
+    _set(made, "int", (ticks >> 12) << 80 | (ticks & 0xFFF) << 64 | _VERSION_7 | _random.getrandbits(62))
+    _set(made, "is_safe", _UNKNOWN)
+    return made
 
 
 def now() -> datetime:
     """The time in UTC, cut to the millisecond as Avro's timestamp-millis is: what is read equals what was said."""
-    return datetime.fromtimestamp(time.time_ns() // 1_000_000 / 1_000, UTC)
+    return _EPOCH + time.time_ns() // 1_000_000 * _MILLISECOND
 
 
 def require_aware(value: object, event: str, field: str) -> None:

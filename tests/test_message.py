@@ -74,5 +74,5 @@ def test_events_and_messages_cannot_be_changed() -> None:
     message = Message(id=uuid7(), type="a.B", topic="t", key=None, value=None, fingerprint=None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         event.key = "k"  # type: ignore[misc] # the mistake under test
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         message.key = "k"  # type: ignore[misc] # the mistake under test

@@ -170,7 +170,7 @@ class RelayConfig:
         """A topic that does not exist must be found out before a transaction, or a call, gives up for lack of time."""
         topic = self._kafka_number("topic.metadata.propagation.max.ms")
         transaction = self._kafka_number("transaction.timeout.ms")
-        if topic >= min(transaction, self.kafka_timeout * 1000):
+        if topic >= self.transaction_timeout * 1000:
             raise ConfigError(
                 f"the Kafka setting topic.metadata.propagation.max.ms ({topic} ms) must be shorter than "
                 f"transaction.timeout.ms ({transaction} ms) and {_named('kafka_timeout')} ({self.kafka_timeout:g} s)"
@@ -184,6 +184,11 @@ class RelayConfig:
             )
         if self.registry and not self.registry.get("url"):
             raise ConfigError("the schema registry is not named: set OUTBOX_REGISTRY_URL=http://host:port")
+
+    @property
+    def transaction_timeout(self) -> float:
+        """Seconds a call inside a transaction may wait: by then the broker has aborted it."""
+        return min(self.kafka_timeout, self._kafka_number("transaction.timeout.ms") / 1000)
 
     def producer(self) -> dict[str, Any]:
         """librdkafka settings of a producer, without its transactional.id."""

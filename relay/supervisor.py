@@ -52,6 +52,12 @@ THREADS = 200
 STEADY = 10.0
 """Seconds that a lane must be held for its last trouble to be over; a new one is said in the log again."""
 
+SILENCE = 60.0
+"""Seconds until a lane's trouble that goes on is said once more; doubled each time."""
+
+SILENCE_LONGEST = 3_600.0
+"""More than that it is not doubled to."""
+
 T = TypeVar("T")
 
 
@@ -82,10 +88,20 @@ class _Held:
 
 @dataclass(slots=True)
 class _Trouble:
-    """A lane that could not be held; said once, retried with backoff."""
+    """A lane that cannot be held; retried with backoff, and said at once and then ever less often: its cause may
+    change."""
 
     backoff: Backoff = field(default_factory=Backoff)
     not_before: float = 0.0
+    say_at: float = 0.0
+    silence: float = SILENCE
+
+    def due(self, now: float) -> bool:
+        """Whether it is to be said again."""
+        if now < self.say_at:
+            return False
+        self.say_at, self.silence = now + self.silence, min(2 * self.silence, SILENCE_LONGEST)
+        return True
 
 
 class Relay:
@@ -134,6 +150,7 @@ class Relay:
             return
         queries = Queries(pool, self._config.schema)
         threads = ThreadPoolExecutor(THREADS, thread_name_prefix="kafka")
+        registry = None
         try:
             registry = _registry(self._config, queries, threads)
             meta = await self._patiently("database", lambda: self._opened(queries))
@@ -153,6 +170,8 @@ class Relay:
             await self._drain(queries)
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
+            if registry is not None:
+                registry.close()
             pool.terminate()
             log.info("relay stopped", relay=str(self._id))
 
@@ -282,14 +301,14 @@ class Relay:
         if isinstance(error, LaneHalted):
             log.error("lane halted", lane=lane, reason=str(error), remedy="relay resolve")
             return
+        trouble = self._troubles.setdefault(lane, _Trouble())
         if isinstance(error, LaneLost):
             log.info("lane lost", lane=lane, reason=str(error))
-        elif lane not in self._troubles:
-            level = log.warning if isinstance(error, RelayError) else log.error
-            level("lane in trouble", lane=lane, error=f"{type(error).__name__}: {error}")
         else:
-            log.debug("lane still in trouble", lane=lane, error=f"{type(error).__name__}: {error}")
-        trouble = self._troubles.setdefault(lane, _Trouble())
+            said = "lane still in trouble" if trouble.say_at else "lane in trouble"
+            level = log.warning if isinstance(error, RelayError) else log.error
+            level = level if trouble.due(time.monotonic()) else log.debug
+            level(said, lane=lane, error=f"{type(error).__name__}: {error}")
         wait = trouble.backoff.wait()
         trouble.not_before = time.monotonic() + wait
         asyncio.get_running_loop().call_later(wait, self._wake.set)

@@ -16,6 +16,7 @@ Traps of librdkafka 2.x, each measured (docs/design.md, "librdkafka"):
 """
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -59,6 +60,15 @@ REFUSED_ALONE = frozenset(
 """Those that say it of each record of a topic; the others may be said of a whole request for one record's sake."""
 
 
+_COORDINATOR_MOVES = frozenset(
+    {
+        KafkaError.NOT_COORDINATOR,
+        KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    }
+)
+"""A new or changing cluster says so for a moment; `committed` passes it on instead of asking again."""
+
 _NEVER_UP = re.compile(r"Connect to|/bootstrap: |in state (INIT|DOWN|TRY_CONNECT|CONNECT)\b")
 
 
@@ -90,6 +100,7 @@ class Transactions:
         self._name = name
         self._lane = lane
         self._timeout = config.kafka_timeout
+        self._transaction_timeout = config.transaction_timeout
         self._producers: dict[int, Producer] = {}
         self._deliveries: _Deliveries | None = None
         self._watches = [_Watch() for _ in range(PRODUCERS)]
@@ -145,9 +156,9 @@ class Transactions:
     def flush(self, batch: int) -> None:
         """Step 6, flush: every record of the batch is acknowledged when this returns."""
         with typed("deliver a batch", EventRefused):
-            left = self._producers[batch % PRODUCERS].flush(self._timeout)
+            left = self._producers[batch % PRODUCERS].flush(self._transaction_timeout)
         if left:
-            raise KafkaTrouble(f"{left} records were not acknowledged within {self._timeout:g} s")
+            raise KafkaTrouble(f"{left} records were not acknowledged within {self._transaction_timeout:g} s")
         if self._deliveries:
             self._deliveries.check()
 
@@ -156,13 +167,13 @@ class Transactions:
         producer = self._producers[(batch if number is None else number) % PRODUCERS]
         offset = TopicPartition(control_topic(self._name), self._lane, batch, metadata)
         with typed("write the lane's progress", Undelivered):
-            producer.send_offsets_to_transaction([offset], self._group, self._timeout)
+            producer.send_offsets_to_transaction([offset], self._group, self._transaction_timeout)
 
     def commit(self, batch: int) -> str | None:
         """Step 6, commit. Returned: why the connection was suspicious during the transaction; None when it was not."""
         producer = self._producers[batch % PRODUCERS]
         with typed("commit a batch", Undelivered):
-            producer.commit_transaction(self._timeout)
+            producer.commit_transaction(self._transaction_timeout)
             producer.poll(0)  # serves the client's log
         return self._watches[batch % PRODUCERS].suspicious
 
@@ -204,17 +215,25 @@ def peek(config: RelayConfig, name: str, lane: int) -> Progress | None:
 
 
 def _progress(reader: Consumer, name: str, lane: int, timeout: float) -> Progress | None:
-    asked = TopicPartition(control_topic(name), lane)
-    with typed("read the lane's progress"):
+    deadline = time.monotonic() + timeout
+    while True:
         try:
-            [found] = reader.committed([asked], timeout)
+            found = _committed(reader, TopicPartition(control_topic(name), lane), timeout)
         except KafkaException as error:
             if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
                 return None
-            raise
-        if found.error is not None:
-            raise KafkaException(found.error)
-    return parse_progress(found.offset, found.metadata or "") if found.offset >= 0 else None
+            if error.args[0].code() not in _COORDINATOR_MOVES or time.monotonic() > deadline:
+                raise classify("read the lane's progress", error.args[0]) from error
+            time.sleep(0.1)
+        else:
+            return parse_progress(found.offset, found.metadata or "") if found.offset >= 0 else None
+
+
+def _committed(reader: Consumer, asked: TopicPartition, timeout: float) -> TopicPartition:
+    [found] = reader.committed([asked], timeout)
+    if found.error is not None:
+        raise KafkaException(found.error)
+    return found
 
 
 def check_settings(config: RelayConfig) -> None:

@@ -68,6 +68,9 @@ FLOOR_SECONDS = 0.02
 GRACE = 5.0
 """Seconds that a call to Kafka may take longer than its timeout allows before it is given up."""
 
+FIRST_KEEPALIVE = 60.0
+"""Seconds of rest after which a hold writes the progress that it found again."""
+
 T = TypeVar("T")
 
 
@@ -84,8 +87,8 @@ class Shared:
     registry: "Registry | None" = None
     """None: no schema registry; the events bear Avro's own frame."""
 
-    async def thread(self, call: Callable[..., T], *args: Any, waits: int = 1) -> T:
-        """What `call` gives, from a thread. `waits`: how often it may wait for Kafka, `kafka_timeout` each time.
+    async def thread(self, call: Callable[..., T], *args: Any, seconds: float | None = None) -> T:
+        """What `call` gives, from a thread. `seconds`: how long it may wait for Kafka, by default `kafka_timeout`.
 
         Raises:
             KafkaTrouble: it did not return; its thread stays with it. librdkafka does not always keep its timeouts
@@ -93,7 +96,7 @@ class Shared:
         """
         future = asyncio.get_running_loop().run_in_executor(self.threads, call, *args)
         try:
-            done, _ = await asyncio.wait([future], timeout=waits * self.config.kafka_timeout + GRACE)
+            done, _ = await asyncio.wait([future], timeout=(seconds or self.config.kafka_timeout) + GRACE)
         finally:
             future.cancel()  # without effect on one that is done
         if not done:
@@ -266,7 +269,7 @@ def _stranger(error: ProgressError, name: str) -> str:
 
 
 async def _rewrite(shared: Shared, kafka: Transactions, batch: int, metadata: str) -> str | None:
-    return await shared.thread(kafka.rewrite, batch, metadata, waits=2 * PRODUCERS)
+    return await shared.thread(kafka.rewrite, batch, metadata, seconds=PRODUCERS * shared.config.transaction_timeout)
 
 
 async def _both(one: Awaitable[None], other: Awaitable[None]) -> None:
@@ -332,7 +335,9 @@ class _Cycle:
         self._records = Records(shared.config.source or f"/outbox/{shared.meta.name}", frames)
         self._finishing: dict[int, _Finishing] = {}
         self.doubted = False
-        self._last_event = self._last_progress = time.monotonic()
+        self._last_event = time.monotonic()
+        # How long ago the progress was written is not known here: a relay that crashes each hour would let it expire.
+        self._last_progress = self._last_event - max(0.0, shared.config.keepalive - FIRST_KEEPALIVE)
 
     @property
     def batch(self) -> int:
@@ -498,7 +503,9 @@ class _Cycle:
         if not self._lane.may_commit(number):
             raise IllegalStep(f"batch {number} may not be committed in {self._lane}")
         with self._noting_refusal(fetched, by_record=False):
-            suspicious = await self._shared.thread(self._commit_in_thread, number, fetched.metadata, waits=2)
+            suspicious = await self._shared.thread(
+                self._commit_in_thread, number, fetched.metadata, seconds=self._shared.config.transaction_timeout
+            )
         self._lane = self._lane.committed(number)
         self._shared.failpoint.done(Step.COMMIT)
         self._metadata = fetched.metadata

@@ -24,7 +24,7 @@ import psycopg
 from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 60.0
+PATIENCE = float(os.environ.get("OUTBOX_TEST_PATIENCE", "60"))
 """Seconds that a wait may take on a busy machine before it is a failure."""
 
 LEDGER = """

@@ -1,6 +1,7 @@
 """Every statement of the relay on a real database: what it returns, what it changes, what it refuses, and its plan."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from itertools import chain, pairwise
 from typing import Any
@@ -149,6 +150,19 @@ async def test_a_lease_runs_out_by_the_database_clock(queries: Queries) -> None:
     assert (await queries.lane(0)).free
     assert await queries.lease(0, OTHER, 60)
     assert not await queries.lease(0, ONE, 60)
+
+
+@pytest.mark.parametrize("wrong", [-3_600.0, 3_600.0], ids=["behind", "ahead"])
+async def test_the_relay_s_clock_plays_no_part(
+    queries: Queries, outbox: Outbox, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + wrong)
+    for prolong in (queries.lease(0, ONE, 60), queries.renew([0], ONE, 60)):
+        assert await prolong
+        [(left,)] = outbox.rows("SELECT extract(epoch FROM lease_until - clock_timestamp())::float FROM outbox.lane")
+        assert 0 < left <= 60
+        assert not (await queries.lane(0)).free
 
 
 async def test_only_leases_that_are_still_ours_are_renewed(queries: Queries, outbox: Outbox) -> None:

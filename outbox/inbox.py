@@ -157,8 +157,8 @@ class Inbox:
         # asyncpg's own UUID is equal to the standard one, and hashes as it does
         return _first_seen(by_id, {row[0] for row in known})
 
-    def claim_ids(self, session: AnySession, ids: Iterable[UUID]) -> set[UUID]:
-        """Claim these events; those of them that were claimed *before*. The ids must differ from each other."""
+    def claim_ids(self, session: AnySession, ids: Iterable[UUID | str]) -> set[UUID]:
+        """Claim these events; those of them that were claimed *before*. The ids must differ."""
         joined = _joined(ids)
         if not joined:
             return set()

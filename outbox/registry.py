@@ -79,6 +79,10 @@ class SchemaRegistry:
         registered = _asked(lambda: self._client.lookup_schema(subject, self._schema(schema)), NOT_FOUND | REFUSED)
         return int(registered.schema_id)
 
+    def schema(self, schema_id: int) -> str:
+        """The schema of that id, as JSON text; SchemaRefused where there is none. The client remembers it."""
+        return str(_asked(lambda: self._client.get_schema(schema_id).schema_str, NOT_FOUND))
+
     def versions(self, subject: str) -> dict[int, str]:
         """The versions of `subject` by number, oldest first, as JSON text; empty where there is no such subject."""
         try:

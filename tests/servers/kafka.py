@@ -35,6 +35,7 @@ def settings_for(brokers: int) -> dict[str, str]:
     return {
         "auto.create.topics.enable": "false",  # a mistyped topic must be an error
         "group.initial.rebalance.delay.ms": "0",  # default 3 s a consumer group
+        "group.min.session.timeout.ms": "500",  # default 6 s before a killed member is missed
         "offsets.topic.replication.factor": replicas,
         "transaction.state.log.replication.factor": replicas,
         "transaction.state.log.min.isr": str(min(2, brokers)),

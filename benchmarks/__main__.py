@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from benchmarks import drain, idle, inbox, latency, transaction, write
+from benchmarks import consumer, drain, idle, inbox, latency, transaction, write
 from benchmarks.stage import Stage, say
 
 
@@ -25,6 +25,7 @@ class Benchmark:
 BENCHMARKS: Mapping[str, Benchmark] = {
     "write": Benchmark(write.write, write.FULL, write.QUICK),
     "inbox": Benchmark(inbox.inbox, inbox.FULL, inbox.QUICK),
+    "consumer": Benchmark(consumer.consumer, consumer.FULL, consumer.QUICK),
     "relay": Benchmark(drain.relay, drain.RELAY, drain.RELAY_QUICK),
     "latency": Benchmark(latency.latency, latency.FULL, latency.QUICK),
     "transaction": Benchmark(transaction.transaction, transaction.FULL, transaction.QUICK),

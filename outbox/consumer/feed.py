@@ -1,7 +1,8 @@
 """Kafka's side of a consumer: a thread that is a member of the group, reads, and commits offsets.
 
-The thread owns the client. It tells an `Owner` in the event loop what came and which partitions come and go, and waits
-for the loop in one place only: before partitions go to another member (`release`).
+The thread owns the client: nobody else calls it, for confluent-kafka lets one thread in at a time, and whoever comes
+while another polls is left waiting. The thread tells an `Owner` in the event loop what came and which partitions come
+and go, and waits for the loop in one place only: before partitions go to another member (`release`).
 
 Where there is no room, the thread does not ask the client, whose own queue is bounded. Only a standstill of STALL
 seconds pauses the partitions: pausing throws away what the client has fetched ahead
@@ -11,7 +12,9 @@ everything fetched again and again.
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -31,6 +34,9 @@ STALL = 1.0
 
 POLL = 0.1
 """Seconds that one wait for a message takes: how late a stop is noticed."""
+
+LOOK = 1.0
+"""Seconds between looks at the ends of the partitions, for the lag."""
 
 CHUNK = 1_000
 """Messages taken from the client at once."""
@@ -112,6 +118,10 @@ class Feed:
         self._patience = patience
         self._find_id = find_id
         self._client: Any = None
+        self._lock = threading.Lock()
+        self._to_commit: dict[Place, int] = {}
+        self._ends: dict[Place, int] = {}
+        self._look_at = 0.0
         self._paused = False
         self._draining = threading.Event()
         self._closing = threading.Event()
@@ -133,21 +143,13 @@ class Feed:
         await self._ended.wait()
 
     def commit(self, offsets: Mapping[Place, int]) -> None:
-        """Tell Kafka, without waiting. What does not arrive comes again, and the inbox knows it."""
-        if offsets and self._client is not None and not self._closing.is_set():
-            self._commit(offsets, wait=False)
+        """Tell Kafka soon, without waiting. What does not arrive comes again, and the inbox knows it."""
+        with self._lock:
+            self._to_commit |= offsets
 
     def end_of(self, place: Place) -> int | None:
-        """The end of a partition as the last fetch saw it; None when there was none."""
-        from confluent_kafka import KafkaException, TopicPartition
-
-        if self._client is None or self._closing.is_set():
-            return None
-        try:
-            _, end = self._client.get_watermark_offsets(TopicPartition(*place), cached=True)
-        except (KafkaException, RuntimeError):
-            return None
-        return end if end is not None and end >= 0 else None
+        """The end of a partition as a fetch saw it about a second ago; None when there was none."""
+        return self._ends.get(place)
 
     # --- in the thread ---
 
@@ -179,6 +181,12 @@ class Feed:
         room = not self._draining.is_set() and self._budget.wait_for_room(STALL)
         if room == self._paused:
             self._pause(not room)
+        with self._lock:
+            offsets, self._to_commit = self._to_commit, {}
+        if offsets:
+            self._commit(offsets, wait=False)
+        if time.monotonic() > self._look_at:
+            self._look()
         first = self._client.poll(POLL)
         if first is None:
             return
@@ -190,6 +198,18 @@ class Feed:
                 ends.append(end)
         self._budget.take(len(messages), sum(meta.size for meta in messages))
         self._tell(self._owner.deliver, messages, ends)
+
+    def _look(self) -> None:
+        """What the last fetches said of the ends; asks no broker."""
+        from confluent_kafka import KafkaException
+
+        self._look_at, ends = time.monotonic() + LOOK, {}
+        for partition in self._client.assignment():
+            with suppress(KafkaException):
+                _, end = self._client.get_watermark_offsets(partition, cached=True)
+                if end >= 0:
+                    ends[partition.topic, partition.partition] = end
+        self._ends = ends
 
     def _pause(self, paused: bool) -> None:
         assigned = self._client.assignment()

@@ -1,12 +1,14 @@
 """The command `outbox`: what a deployment and a developer need. The relay has a command of its own."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from outbox.codegen import codegen, lint
 from outbox.errors import OutboxError
+from outbox.roles import Roles, grants
 from outbox.tables import SCHEMA
 
 
@@ -31,6 +33,11 @@ _schema = click.option(
 _name = click.option(
     "--name", help="The outbox's name; Kafka's group, topic and ids are built from it.  [default: the database's name]"
 )
+
+
+def _role(part: str, does: str) -> Callable[[Any], Any]:
+    default = getattr(Roles, part)
+    return click.option(f"--{part}", metavar="ROLE", default=default, show_default=True, help=f"Who {does}: a role.")
 
 
 @main.command()
@@ -63,15 +70,26 @@ def migrate(url: str | None, as_sql: bool, name: str | None, lanes: int | None, 
 @_name
 @click.option("--lanes", type=int, default=1, show_default=True, help="How many relays could ever work at once.")
 @_schema
-def sql(name: str | None, lanes: int, schema: str) -> None:
+@click.option("--roles", is_flag=True, help="Print the grants of the three roles below instead.")
+@_role("writer", "writes events")
+@_role("relay", "publishes them")
+@_role("inbox", "consumes events")
+def sql(name: str | None, lanes: int, schema: str, roles: bool, writer: str, relay: str, inbox: str) -> None:
     """Print the SQL that creates the outbox's tables, one transaction; connects to no database.
 
+    With --roles: the SQL that makes the roles which are missing, and grants each what it needs; safe to repeat, after
+    each migration.
+
     \b
-    Example:
+    Examples:
       outbox sql --name shop | psql -v ON_ERROR_STOP=1 shop
+      outbox sql --roles | psql -v ON_ERROR_STOP=1 shop
     """
     from outbox import migrate as door
 
+    if roles:
+        click.echo(grants(Roles(writer=writer, relay=relay, inbox=inbox), schema=schema), nl=False)
+        return
     click.echo(door.sql(schema=schema, name=name, lanes=lanes), nl=False)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from outbox.identity import HERE
 from outbox.migrate import migrate
+from tests.roles import grant_roles
 from tests.servers import Kafka, Postgres, Server, ServerUnavailable
 from tests.servers.choice import in_ci, is_forced
 
@@ -60,13 +61,16 @@ def kafka() -> Iterator[Kafka]:
 
 @pytest.fixture(scope="session")
 def template(postgres: Postgres) -> Callable[[int], str]:
-    """Gives the name of a migrated database with that many lanes, migrated once in a run and only copied then."""
+    """Gives the name of a migrated database with that many lanes, migrated once in a run and only copied then. The
+    roles of tests/roles.py have their parts in it."""
     made: dict[int, str] = {}
 
     def template_of(lanes: int) -> str:
         if lanes not in made:
             name = f"template_{lanes}_{uuid4().hex[:8]}"
-            migrate(postgres.create_database(name), lanes=lanes)
+            url = postgres.create_database(name)
+            migrate(url, lanes=lanes)
+            grant_roles(url)
             made[lanes] = name
         return made[lanes]
 

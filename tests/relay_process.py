@@ -23,6 +23,8 @@ from urllib.parse import urlsplit
 import psycopg
 from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 
+from tests.roles import ROLES, as_role, grant_roles
+
 ROOT = Path(__file__).parent.parent
 PATIENCE = float(os.environ.get("OUTBOX_TEST_PATIENCE", "60"))
 """Seconds that a wait may take on a busy machine before it is a failure."""
@@ -151,6 +153,12 @@ class Site:
         self._environment = environment
         with self.connect() as connection:
             connection.execute(LEDGER)
+        grant_roles(url)
+
+    @property
+    def relay_url(self) -> str:
+        """The database for a relay: its role may do what a relay needs, and nothing else."""
+        return as_role(self.url, ROLES.relay)
 
     @property
     def name(self) -> str:
@@ -177,7 +185,7 @@ class Site:
         """A relay that has just been started."""
         relay = RelayProcess(
             {
-                "OUTBOX_DATABASE_URL": self.url,
+                "OUTBOX_DATABASE_URL": self.relay_url,
                 "OUTBOX_KAFKA_BOOTSTRAP_SERVERS": self.bootstrap,
                 "OUTBOX_LOG_LEVEL": "debug",
                 **self._environment,

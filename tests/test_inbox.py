@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from outbox import DecodeError, Inbox, InvalidMessage, MigrationError, TransactionError, UsageError, uuid7
 from outbox.inbox import id_of
+from tests.roles import OWNER, ROLES, as_role
 
 
 @dataclass
@@ -45,6 +46,12 @@ class Record:
 
 def records(count: int) -> list[Record]:
     return [Record(str(uuid7()).encode()) for _ in range(count)]
+
+
+@pytest.fixture
+def database(database: str) -> str:
+    """All of this runs in the inbox role."""
+    return as_role(database, ROLES.inbox)
 
 
 @pytest.fixture
@@ -293,7 +300,8 @@ def test_concurrent_purges_step_aside_for_each_other(engine: sa.Engine, inbox: I
 def test_purge_walks_the_primary_key(engine: sa.Engine) -> None:
     from outbox.inbox import _PURGE
 
-    with engine.begin() as connection:
+    by_owner = sa.create_engine(engine.url.set(username=OWNER), poolclass=sa.NullPool)
+    with by_owner.begin() as connection:
         connection.execute(
             sa.text(
                 "INSERT INTO outbox.inbox SELECT 'c' || n % 2, gen_random_uuid(), now() - make_interval(mins => n)"

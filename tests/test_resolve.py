@@ -104,7 +104,7 @@ def resolve(site: Site, *options: str) -> tuple[int, list[dict[str, Any]]]:
 
 
 def invoked(site: Site, *options: str) -> Result:
-    environment = {"OUTBOX_DATABASE_URL": site.url, "OUTBOX_KAFKA_BOOTSTRAP_SERVERS": site.bootstrap}
+    environment = {"OUTBOX_DATABASE_URL": site.relay_url, "OUTBOX_KAFKA_BOOTSTRAP_SERVERS": site.bootstrap}
     return CliRunner().invoke(relay_command, ["resolve", *options], env=environment)
 
 
@@ -454,7 +454,7 @@ def test_what_stands_behind_an_open_transaction_of_someone_else_is_waited_for(
         relay_command,
         ["resolve"],
         env={
-            "OUTBOX_DATABASE_URL": site.url,
+            "OUTBOX_DATABASE_URL": site.relay_url,
             "OUTBOX_KAFKA_BOOTSTRAP_SERVERS": site.bootstrap,
             "OUTBOX_KAFKA_TIMEOUT": "1",
             "OUTBOX_KAFKA_TOPIC_METADATA_PROPAGATION_MAX_MS": "500",

@@ -23,15 +23,23 @@ from tests.servers.errors import StartFailed
 # client that keeps trying to reach a killed server can be given the server's own port and connect to itself.
 PORTS = range(20000, 32768)
 
+_given: set[int] = set()
+
 _guardian: subprocess.Popen[str] | None = None
 _guardian_lock = threading.Lock()
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that was just bound and is free again; it stays the server's over its restarts."""
+    """A port of 127.0.0.1 that was just bound and is free again; it stays the server's over its restarts.
+
+    No port is given twice: one may be bound much later than it was asked for.
+    """
     for port in random.sample(PORTS, 200):
+        if port in _given:
+            continue
         with contextlib.suppress(OSError):
             _bind(port)
+            _given.add(port)
             return port
     raise StartFailed(f"None of 200 ports between {PORTS.start} and {PORTS.stop} can be bound.")
 

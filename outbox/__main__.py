@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from outbox.codegen import codegen, lint
+from outbox.consumer.commands import consume, dead, replay
 from outbox.errors import OutboxError
 from outbox.roles import Roles, grants
 from outbox.tables import SCHEMA
@@ -127,6 +128,8 @@ def schemas_group() -> None:
 
 schemas_group.add_command(lint)
 main.add_command(codegen)
+for _command in (consume, replay, dead):
+    main.add_command(_command)
 
 
 if __name__ == "__main__":

@@ -192,8 +192,11 @@ def create_schema(operations: Any, settings: Settings) -> None:
         operations.execute(f"CREATE SCHEMA IF NOT EXISTS {settings.quoted_schema}")
 
 
-def with_connection(url: str, work: Callable[[sa.Connection], None]) -> None:
-    """Do `work` in one transaction on a fresh connection; commits. What goes wrong there is a MigrationError."""
+def with_connection(url: str, work: Callable[[sa.Connection], None], *, task: str = "migrated") -> None:
+    """Do `work` in one transaction on a fresh connection; commits. What goes wrong there is a MigrationError.
+
+    `task`: what the database could not be, then.
+    """
     target = _target(url)
     try:
         if target.get_driver_name() == "asyncpg":
@@ -208,7 +211,7 @@ def with_connection(url: str, work: Callable[[sa.Connection], None]) -> None:
         ) from error
     except (sa.exc.SQLAlchemyError, OSError) as error:
         reason = str(getattr(error, "orig", None) or error).strip()
-        raise MigrationError(f"the database {target.render_as_string()} could not be migrated: {reason}") from error
+        raise MigrationError(f"the database {target.render_as_string()} could not be {task}: {reason}") from error
 
 
 # --- Parts ---

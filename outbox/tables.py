@@ -359,5 +359,6 @@ def _dead_message(metadata: MetaData) -> None:
         Column("retry_at", DateTime(timezone=True)),  # a person wants it tried again
         Column("published_at", DateTime(timezone=True)),  # to the dead letter topic
         PrimaryKeyConstraint("consumer", "event_id"),
-        Index("dead_message_key", "consumer", "topic", "key_digest", "seq"),  # which keys are held, and what comes first
+        # Which keys are held, and what comes first of each.
+        Index("dead_message_key", "consumer", "topic", "key_digest", "seq"),
     )

@@ -1,7 +1,7 @@
 """What the consumer's tests share: a catalogue, a topic with events as an outbox and its relay write them, effects."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -72,9 +72,8 @@ def record(event: Event, known: Catalogue | None = None) -> Sent:
 def send(bootstrap: str, topic: str, records: Iterable[Sent], partition: int | None = None) -> None:
     """All of them are in Kafka when this returns. Without a `partition` the key decides."""
     producer = Producer({"bootstrap.servers": bootstrap, "linger.ms": 5, "partitioner": "murmur2_random"})
-    place: Mapping[str, int] = {} if partition is None else {"partition": partition}
     for one in records:
-        producer.produce(topic, one.value, one.key, headers=one.headers, **place)
+        producer.produce(topic, one.value, one.key, -1 if partition is None else partition, headers=one.headers)
     assert producer.flush(PATIENCE) == 0
 
 
@@ -101,7 +100,7 @@ class Effects:
     def rows(
         self, sql: str = "SELECT name, number FROM effect ORDER BY place", *arguments: Any
     ) -> list[tuple[Any, ...]]:
-        return list(self._connection.execute(sql, arguments))  # type: ignore[arg-type] # SQL of the tests' own
+        return list(self._connection.execute(sql, arguments))
 
     def by_key(self) -> dict[str, list[int]]:
         """The numbers of each key in the order of their effects."""

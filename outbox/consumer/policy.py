@@ -1,9 +1,10 @@
 """What a consumer does when a handler fails, and how much it may have in hand: settings, and their arithmetic."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from datetime import timedelta
+from typing import Any, Literal
 
 from outbox.errors import UsageError
 
@@ -78,7 +79,18 @@ class Limits:
     """Seconds that a rebalance waits for what is at work of the partitions that go to another member."""
     commit: float = 1.0
     """Seconds between commits of offsets."""
+    claims: timedelta | None = None
+    """Claims older than this are forgotten, hour by hour; None: never. Refused at the start where a topic keeps its
+    messages as long: one that came again then would take effect twice."""
 
     def __post_init__(self) -> None:
         if min(self.concurrency, self.messages, self.size) < 1:
             raise UsageError(f"limits must be above zero: {self}")
+
+
+_CONNECTION = ("bootstrap.", "broker.", "client.", "metadata.", "reconnect.", "sasl.", "security.", "socket.", "ssl.")
+
+
+def connection(kafka: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a consumer's settings those that hold for any client: where Kafka is, and how it is spoken to."""
+    return {name: value for name, value in kafka.items() if name.startswith(_CONNECTION)}

@@ -17,6 +17,7 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -29,9 +30,11 @@ from outbox.catalogue import Catalogue, TypedEvent
 from outbox.consumer.database import AsyncDatabase, Database, ThreadedDatabase
 from outbox.consumer.decoding import Decoder, Registry
 from outbox.consumer.feed import Feed, Place, settings
+from outbox.consumer.letters import Letters
 from outbox.consumer.meta import Meta
 from outbox.consumer.metrics import Metrics
 from outbox.consumer.policy import Failures, Limits
+from outbox.consumer.retention import check_retention
 from outbox.consumer.schedule import Budget, Lane, Lanes, Offsets
 from outbox.consumer.store import Store
 from outbox.consumer.work import Effects, Gone, Handler, Topic
@@ -47,6 +50,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DEAD_SECONDS = 1.0
 """Between looks for dead messages that are to be tried again."""
+
+FORGET_SECONDS = 3_600.0
+"""Between rounds of forgetting old claims."""
+
+LEAVE_SECONDS = 5.0
+"""That the mark of a clean end may take: it stands between a member and the partitions it waits for."""
 
 
 class Consumer:
@@ -99,7 +108,7 @@ class Consumer:
         self.failures = failures or Failures()
         self.limits = limits or Limits()
         self.find_id = id
-        self.inbox = Inbox(name if generation is None else f"{name}@{generation}", schema=schema)
+        self.inbox = self.inbox_of(generation)
         self.outbox = Outbox(catalogue, schema=schema)
         self.metrics = Metrics(name)
         self.topics: dict[str, Topic] = {}
@@ -193,15 +202,19 @@ class Consumer:
             return AsyncDatabase(self.engine)
         return ThreadedDatabase(self.engine, self.limits.concurrency + 2)
 
-    def effects(self, database: Database) -> Effects:
+    def inbox_of(self, generation: str | None) -> Inbox:
+        """The inbox of a generation of the read model."""
+        return Inbox(self.name if generation is None else f"{self.name}@{generation}", schema=self.schema)
+
+    def effects(self, database: Database, inbox: Inbox) -> Effects:
         """What gives messages their effect, on that database."""
-        store = Store(self.inbox.consumer, schema=self.schema)
+        store = Store(inbox.consumer, schema=self.schema)
 
         async def find(fingerprint: int) -> str | None:
             return await database.do(lambda session, _: store.avro_schema(session, fingerprint))
 
         decoder = Decoder(self.catalogue, find, self.registry)
-        return Effects(database, self.inbox, store, decoder, self.topics, self.outbox, self.metrics)
+        return Effects(database, inbox, store, decoder, self.topics, self.outbox, self.metrics)
 
 
 class _Partition:
@@ -243,7 +256,7 @@ class _Partition:
             self.idle.set()
 
 
-class _Process:
+class Process:
     """The hold of what is not of one partition: it lasts until the process ends."""
 
     recorded = False
@@ -278,7 +291,7 @@ class _Run:
         self._topics = consumer.topics
         self._metrics = consumer.metrics
         self._database = consumer.database()
-        self._effects = consumer.effects(self._database)
+        self._effects = consumer.effects(self._database, consumer.inbox)
         self._store = Store(consumer.inbox.consumer, schema=consumer.schema)
         self._budget = Budget(limits.messages, limits.size)
         self._metrics.in_hand = lambda: self._budget.taken
@@ -293,7 +306,10 @@ class _Run:
         self._units: set[asyncio.Task[None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
-        self._process = _Process()
+        self._process = Process()
+        self._kafka = consumer.kafka
+        self._letters = Letters(consumer.kafka)
+        self._inbox = consumer.inbox
         self._failure: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._feed = Feed(
             configuration,
@@ -309,7 +325,9 @@ class _Run:
         """Run, and end in order whatever the reason."""
         self._feed.start()
         self._spawn(self._tick())
-        self._spawn(self._retry_dead())
+        self._spawn(self._see_to_the_dead())
+        if self._limits.claims is not None:
+            self._spawn(self._forget_claims(self._limits.claims))
         stopped: asyncio.Future[Any] = asyncio.ensure_future(stopping.wait())
         try:
             await asyncio.wait([stopped, self._failure], return_when=asyncio.FIRST_COMPLETED)
@@ -443,7 +461,7 @@ class _Run:
             session.commit()
 
         try:
-            await asyncio.wait_for(self._database.do(left), _LEAVE_SECONDS)
+            await asyncio.wait_for(self._database.do(left), LEAVE_SECONDS)
         except Exception as error:  # noqa: BLE001 - the next owner is careful then, no more
             log.warning("partitions were not marked as left clean", partitions=clean, error=repr(error))
 
@@ -537,10 +555,37 @@ class _Run:
         else:
             self._metrics.oldest_ms[place] = oldest
 
-    async def _retry_dead(self) -> None:
+    async def _see_to_the_dead(self) -> None:
         while True:
-            if not await self._effects.retry_one(self._process):
-                await self._process.pause(DEAD_SECONDS)
+            if await self._effects.retry_one(self._process):
+                continue
+            for topic in self._topics.values():
+                if topic.failures.topic is not None:
+                    await self._publish_dead(topic.name, topic.failures.topic)
+            await self._process.pause(DEAD_SECONDS)
 
+    async def _forget_claims(self, older_than: timedelta) -> None:
+        """Batch by batch, so that no transaction is long."""
+        await asyncio.to_thread(check_retention, self._kafka, self._topics, older_than)
+        while True:
+            while await self._effects.patiently(lambda session: self._inbox.purge(session, older_than), self._process):
+                pass
+            await self._process.pause(FORGET_SECONDS)
 
-_LEAVE_SECONDS = 5.0
+    async def _publish_dead(self, topic: str, to: str) -> None:
+        """Copies of dead messages of our partitions to the dead letter topic; while it is away the table has them."""
+        while partitions := [number for name, number in self._partitions if name == topic]:
+            messages = await self._effects.patiently(
+                lambda session: self._store.unpublished(session, topic, partitions),
+                self._process,
+            )
+            if not messages:
+                return
+            try:
+                await asyncio.to_thread(self._letters.publish, to, messages)
+            except Exception as error:  # noqa: BLE001 - KafkaException, whose module is not imported here
+                self._metrics.trouble["kafka"] += 1
+                log.warning("dead letters cannot be published", topic=to, error=str(error))
+                return
+            ids = [message.event_id for message in messages]
+            await self._effects.patiently(lambda session: self._store.published(session, ids), self._process)  # noqa: B023 - awaited here

@@ -197,7 +197,7 @@ class Store:
             .values(reason="trying", retry_at=None, attempts=dead.c.attempts + 1)
             .returning(*self._columns())
         )
-        return _dead_message(session.execute(taken).mappings().one())
+        return dead_message(session.execute(taken).mappings().one())
 
     def settle(self, session: Session, event_id: str) -> bool:
         """Its effect is in this transaction: it is dead no more. False: it was discarded, or is another's."""
@@ -212,16 +212,18 @@ class Store:
             .values(reason=death.reason, error=death.error, stack=death.stack, died_at=sa.func.now(), published_at=None)
         )
 
-    def unpublished(self, session: Session, topic: str, limit: int = 100) -> list[DeadMessage]:
-        """Dead messages of a topic that the dead letter topic does not have yet. Held ones only wait: they are not."""
+    def unpublished(
+        self, session: Session, topic: str, partitions: Collection[int], limit: int = 100
+    ) -> list[DeadMessage]:
+        """Dead messages of these partitions that the dead letter topic does not have yet; none that are only held."""
         query = (
             sa.select(*self._columns())
             .filter_by(consumer=self.consumer, topic=topic, published_at=None)
-            .where(self._dead.c.reason.not_in(["held", "trying"]))
+            .where(self._dead.c.partition.in_(partitions), self._dead.c.reason.not_in(["held", "trying"]))
             .order_by(self._dead.c.seq)
             .limit(limit)
         )
-        return [_dead_message(row) for row in session.execute(query).mappings()]
+        return [dead_message(row) for row in session.execute(query).mappings()]
 
     def published(self, session: Session, ids: Collection[str]) -> None:
         """The dead letter topic has these."""
@@ -285,6 +287,7 @@ def _text(text: str) -> str:
     return text.replace("\0", "�").encode(errors="replace").decode()
 
 
-def _dead_message(row: sa.RowMapping) -> DeadMessage:
+def dead_message(row: sa.RowMapping) -> DeadMessage:
+    """The row of a query for the columns that DeadMessage names."""
     fields: dict[str, Any] = {**row, "event_id": str(row["event_id"])}
     return DeadMessage(**fields)

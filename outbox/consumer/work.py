@@ -148,6 +148,10 @@ class Effects:
             await self.patiently(lambda session: self._store.begin(session, ids), hold)
         await self._take(items, hold)
 
+    async def load_held(self, topic: str, hold: Hold) -> None:
+        """The keys of a topic that have a dead message: before its first message is taken."""
+        self.held |= await self.patiently(lambda session: self._store.held_keys(session, topic), hold)
+
     async def take_suspect(self, meta: Meta, attempts: int, hold: Hold) -> None:
         """One that was at work when the process died, so many times: alone, or parked if that was too often."""
         failures = self._topics[meta.topic].failures

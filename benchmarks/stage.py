@@ -68,7 +68,7 @@ class Stage:
     def kafka(self) -> Kafka:
         """One broker."""
         if self._kafka is None:
-            self._kafka = Kafka()
+            self._kafka = Kafka(brief=False)
             self._kafka.start()
         return self._kafka
 

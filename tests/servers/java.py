@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # One JVM option set for training and for running: an AOT cache is refused under another collector.
 JVM = ("-XX:+UseG1GC", "-XX:MaxGCPauseMillis=20", "-XX:InitiatingHeapOccupancyPercent=35", "-XX:-UsePerfData")
 AOT_SINCE = 25  # JEP 514: -XX:AOTCacheOutput in one step
+BRIEF = "-XX:TieredStopAtLevel=1"  # no second compiler: a server of some minutes costs about half the CPU
 
 
 class Java(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Self
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
-from tests.servers import docker
+from tests.servers import docker, java
 from tests.servers.broker import (
     VERSION,
     Door,
@@ -52,13 +52,20 @@ def settings_for(brokers: int) -> dict[str, str]:
 class Kafka:
     """A Kafka cluster of our own: same data, ports and cluster id over `kill()` and `start()`.
 
-    `settings` are broker properties added to `settings_for` and win over it. `heap` is the JVM's -Xmx.
+    `settings` are broker properties added to `settings_for` and win over it. `heap` is the JVM's -Xmx. `brief`: the JVM
+    compiles for a life of some minutes, which costs half the CPU; False for measurements: as brokers run in earnest.
     `stop`, `kill` and `start` take one broker's number, or act on all of them. `doors`: so many more listeners has a
     broker, each advertised at the port of a proxy that the test runs (`self.doors[door][broker]`, known after `start`).
     """
 
     def __init__(
-        self, brokers: int = 1, settings: Mapping[str, str] | None = None, *, heap: str = "768m", doors: int = 0
+        self,
+        brokers: int = 1,
+        settings: Mapping[str, str] | None = None,
+        *,
+        heap: str = "768m",
+        doors: int = 0,
+        brief: bool = True,
     ) -> None:
         def lacks_docker() -> str | None:
             return "Docker is used for one broker without doors only" if brokers > 1 or doors else docker.lacks()
@@ -66,7 +73,7 @@ class Kafka:
         self._source = choose("Kafka", variable=URL_VARIABLE, local=lacks_parts, docker=lacks_docker)
         self._settings = {**settings_for(brokers), **(settings or {})}
         self._size = brokers
-        self._heap = heap
+        self._options = ["-Xms256m", f"-Xmx{heap}", *([java.BRIEF] if brief else [])]
         self._doors = doors
         self.doors: list[list[Door]] = []
         self._brokers: list[LocalBroker] | list[_DockerBroker] = []
@@ -90,7 +97,7 @@ class Kafka:
             self._brokers = [_DockerBroker(ports[0][0], self._settings, self.cluster_id)]
             return
         self.doors = [[Door(free_port(), free_port()) for _ in ports] for _ in range(self._doors)]
-        options = ["-Xms256m", f"-Xmx{self._heap}", *fast_start()]
+        options = [*self._options, *fast_start()]
         voters = ",".join(f"{number}@127.0.0.1:{controller}" for number, (_, controller) in enumerate(ports))
         self._brokers = [
             LocalBroker(

@@ -62,7 +62,7 @@ class Registry:
             "quarkus.management.port": management,
         }
         properties = [f"-D{name}={value}" for name, value in options.items()]
-        command: list[str | Path] = [found.launcher, "-Xmx512m", *properties, "-jar", runner]
+        command: list[str | Path] = [found.launcher, "-Xmx512m", java.BRIEF, *properties, "-jar", runner]
         return Process("registry", command, folder=self._folder, stop_signal=signal.SIGTERM)
 
     def stop(self) -> None:

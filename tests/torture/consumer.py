@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaException, Message
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -103,7 +103,7 @@ class Effects:
 
 def make_consumer(bootstrap: str) -> Consumer:
     """Reads committed events; a restarted one gets its partitions back at once."""
-    return Consumer(
+    consumer = Consumer(
         {
             "bootstrap.servers": bootstrap,
             "group.id": NAME,
@@ -116,6 +116,8 @@ def make_consumer(bootstrap: str) -> Consumer:
             "log_level": 0,
         }
     )
+    consumer.subscribe(list(TOPICS))
+    return consumer
 
 
 def main() -> None:
@@ -125,11 +127,16 @@ def main() -> None:
     failpoint = Failpoint(os.environ.get(FAILPOINT, ""))
     effects = Effects(os.environ["TORTURE_EFFECTS_URL"], failpoint)
     consumer = make_consumer(os.environ["TORTURE_BOOTSTRAP"])
-    consumer.subscribe(list(TOPICS))
     print("consumer started", flush=True)
     acknowledged = time.monotonic()
     while not stopping:
-        messages = [message for message in consumer.consume(BATCH, 0.1) if not _failed(message)]
+        try:
+            messages = [message for message in consumer.consume(BATCH, 0.1) if not _failed(message)]
+        except KafkaException as error:  # the client has ended for good, and begins anew as a new process would
+            print(f"kafka: {error}", flush=True)
+            consumer.close()
+            consumer = make_consumer(os.environ["TORTURE_BOOTSTRAP"])
+            continue
         if messages:
             failpoint.done("read")
             effects.take(messages)
@@ -141,11 +148,14 @@ def main() -> None:
 
 
 def _failed(message: Message) -> bool:
-    """An error of the client that passes by itself; a fatal one is raised."""
+    """An error of the client that passes by itself; a fatal one is raised.
+
+    Such as the fencing of a static member by its own former membership, which a killed coordinator finds again.
+    """
     error = message.error()
     if error is None:
         return False
-    if error.fatal():
+    if error.code() == KafkaError._FATAL:  # `fatal()` is false for it
         raise KafkaException(error)
     print(f"kafka: {error.str()}", flush=True)
     return True

@@ -95,7 +95,9 @@ class Gate:
         links = dict(self._links)
         for task, writers in links.items():
             for writer in writers:
-                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
+                end = writer.get_extra_info("socket")
+                if end.fileno() >= 0:  # else it was closed by the other side just now
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
                 writer.transport.abort()
             task.cancel()
         return len(links)

@@ -2,6 +2,7 @@
 
 from outbox.catalogue import Catalogue, TypedEvent
 from outbox.errors import (
+    BacklogFull,
     ConsumerStopped,
     DecodeError,
     EventError,
@@ -17,12 +18,14 @@ from outbox.errors import (
     UnknownEventType,
     UsageError,
 )
+from outbox.guards import UnlockedKey
 from outbox.headers import context
 from outbox.inbox import Inbox
 from outbox.message import Event, Message, uuid7
 from outbox.writer import Outbox
 
 __all__ = [
+    "BacklogFull",
     "Catalogue",
     "ConsumerStopped",
     "DecodeError",
@@ -42,6 +45,7 @@ __all__ = [
     "TransactionError",
     "TypedEvent",
     "UnknownEventType",
+    "UnlockedKey",
     "UsageError",
     "context",
     "uuid7",

@@ -9,6 +9,7 @@
     │   ├── TransactionError    add() where there is no transaction to join
     │   └── SchemaError         an .avsc that cannot be used
     ├── ConsumerStopped         a consumer has ended, by its policy or because Kafka's client has
+    ├── BacklogFull             more events wait than the Outbox was allowed (max_backlog)
     ├── MigrationError          the tables are missing, older, or newer than this code knows
     ├── RegistryError           the schema registry is away, slow, or does not let us in
     │   └── SchemaRefused          the registry will never take this schema as it is, or has no such schema
@@ -55,6 +56,10 @@ class TransactionError(UsageError):
 
 class SchemaError(UsageError):
     """An .avsc that cannot be used. The message names file, field and remedy for each problem found."""
+
+
+class BacklogFull(OutboxError):  # noqa: N818 - named for what happened
+    """About as many events wait as `max_backlog` allows: no relay is at work, or it is behind. Try again later."""
 
 
 class MigrationError(OutboxError):

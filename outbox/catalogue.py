@@ -390,7 +390,10 @@ def _length(text: str | None) -> int:
 
 def _size(headers: Mapping[str, str]) -> int:
     """What they add to a record: each name and value, and the length of each (2 bytes up to 8,191, at most 5)."""
-    return sum(10 + _length(name) + _length(value) for name, value in headers.items())
+    size = 10 * len(headers)
+    for name, value in headers.items():
+        size += len(name) + len(value) if name.isascii() and value.isascii() else len(name.encode() + value.encode())
+    return size
 
 
 def _too_large(

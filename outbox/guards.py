@@ -70,17 +70,16 @@ class Origin(NamedTuple):
 
     file: str
     line: int
-    registry: dict[Any, Any]
+    names: dict[str, Any]
+    """Of its module: where warnings that were shown are remembered."""
 
 
 def origin() -> Origin:
     """Of the innermost frame that is not this package's."""
     frame = inspect.currentframe()
-    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "outbox":
+    while frame is not None and frame.f_globals.get("__package__") == "outbox":
         frame = frame.f_back
-    if frame is None:
-        return Origin("outbox", 0, {})
-    return Origin(frame.f_code.co_filename, frame.f_lineno, frame.f_globals.setdefault("__warningregistry__", {}))
+    return Origin(frame.f_code.co_filename, frame.f_lineno, frame.f_globals) if frame else Origin("outbox", 0, {})
 
 
 def warn_of(added: Iterable[tuple[Message, Origin | None]]) -> None:
@@ -91,5 +90,6 @@ def warn_of(added: Iterable[tuple[Message, Origin | None]]) -> None:
                 f"{message.type}, key {message.key!r}: its transaction had written and locked nothing before it, so two"
                 " such events may be published in any order; lock the aggregate first (SELECT … FOR UPDATE)"
             )
-            warnings.warn_explicit(said, UnlockedKey, where.file, where.line, registry=where.registry)
+            shown = where.names.setdefault("__warningregistry__", {})
+            warnings.warn_explicit(said, UnlockedKey, where.file, where.line, registry=shown)
             return

@@ -89,6 +89,9 @@ class RelayConfig:
     """SQL schema that holds the outbox's tables."""
     source: str | None = None
     """The CloudEvents source of the events (`ce_source`). None: /outbox/<name of the outbox>."""
+    ce_time: bool = False
+    """True: the header `ce_time` too. It says what the record's own timestamp says, `created_at` of the row, to readers
+    that know CloudEvents only. Costs the relay about 1 µs an event."""
     batch_rows: int = 8_000
     """Events in one Kafka transaction at most. More costs memory and latency, less throughput."""
     batch_bytes: int = 16 * 1024 * 1024

@@ -6,6 +6,7 @@ Sources: CloudEvents Kafka Protocol Binding 1.0.2, section 3.2; Avro specificati
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from relay.errors import EventRefused
@@ -20,9 +21,13 @@ _MAGIC = b"\xc3\x01"
 class Records:
     """Makes records of rows as `Queries.fetch` returns them. What repeats from row to row is made once and kept."""
 
-    def __init__(self, source: str, registered: Mapping[tuple[str, int], bytes] | None = None) -> None:
-        """`registered`: frames of a registry by topic and fingerprint, those of all rows to come; None: no registry."""
+    def __init__(
+        self, source: str, registered: Mapping[tuple[str, int], bytes] | None = None, *, time: bool = False
+    ) -> None:
+        """`registered`: frames of a registry by topic and fingerprint, those of all rows to come; None: no registry.
+        `time`: say ce_time too."""
         self._registered = registered
+        self._time = time
         self._source: Header = ("ce_source", source.encode())
         self._types: dict[str, Header] = {}
         self._frames: dict[int, bytes] = {}
@@ -32,12 +37,13 @@ class Records:
 
         Key: the row's, in UTF-8. Value: C3 01 and the fingerprint, or the registry's frame, then the Avro bytes;
         without a fingerprint the row's bytes as they are; null for a tombstone. Headers: ce_specversion, ce_id,
-        ce_type, ce_source, content-type, then the row's own. Timestamp: created_at.
+        ce_type, ce_source, content-type, ce_time where it is asked for, then the row's own. Timestamp: created_at.
 
         Raises:
             EventRefused: headers or created_at of a row cannot be said in Kafka.
         """
         source, types, frames, registered = self._source, self._types, self._frames, self._registered
+        time = self._time
         for _seq, id_, type_, topic, key, value, fingerprint, own, created in rows:
             kind = types.get(type_) or self._type(type_)
             if fingerprint is None:
@@ -50,10 +56,12 @@ class Records:
                     value = (frames.get(fingerprint) or self._frame(fingerprint)) + value
                 else:
                     value = registered[topic, fingerprint] + value
-            if own is not None:
-                headers += _own(id_, own)
             if created is None or created < 0:
                 raise EventRefused(f"event {id_} was created at no moment that Kafka can tell")
+            if time:
+                headers.append(("ce_time", _rfc3339(created)))
+            if own is not None:
+                headers += _own(id_, own)
             produce(topic, value, key, -1, None, None, created, headers)
 
     def _type(self, type_: str) -> Header:
@@ -63,6 +71,10 @@ class Records:
     def _frame(self, fingerprint: int) -> bytes:
         frame = self._frames[fingerprint] = _MAGIC + fingerprint.to_bytes(8, "little", signed=True)
         return frame
+
+
+def _rfc3339(milliseconds: int) -> bytes:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds").encode()
 
 
 def _own(id_: str, headers: str) -> list[Header]:

@@ -332,7 +332,8 @@ class _Cycle:
         self._floor_read = 0.0
         self._pace = Pace(shared.config.poll_shortest, shared.config.poll_longest)
         frames = shared.registry.frames if shared.registry else None
-        self._records = Records(shared.config.source or f"/outbox/{shared.meta.name}", frames)
+        source = shared.config.source or f"/outbox/{shared.meta.name}"
+        self._records = Records(source, frames, time=shared.config.ce_time)
         self._finishing: dict[int, _Finishing] = {}
         self.doubted = False
         self._last_event = time.monotonic()

@@ -83,6 +83,14 @@ def test_own_headers_come_last_in_utf_8_and_may_be_null() -> None:
     assert call[7][-2:] == [("traceparent", "00-é".encode()), ("none", None)]
 
 
+def test_the_time_is_said_where_it_is_asked_for_before_the_row_s_own_headers() -> None:
+    calls: list[tuple[Any, ...]] = []
+    Records("/outbox/test", time=True).produce(
+        [row(created=1_709_208_000_123, headers='{"a": "b"}')], lambda *call: calls.append(call)
+    )
+    assert calls[0][7][-2:] == [("ce_time", b"2024-02-29T12:00:00.123+00:00"), ("a", b"b")]
+
+
 def test_a_json_null_is_no_headers() -> None:
     assert produced(row(headers="null")) == produced(row())
 

@@ -1,9 +1,5 @@
 """The consumer on a real Kafka and a real PostgreSQL: each event takes effect once, in the order of its key."""
 
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
-
-import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
@@ -11,40 +7,22 @@ from sqlalchemy.orm import Session
 from outbox import Event
 from outbox.consumer import Consumer, Limits, Meta
 from tests.conftest import MakeTopic
-from tests.consumer_stage import (
+from tests.consumer.stage import (
+    INSERT,
     TYPE,
     Effects,
-    async_engine,
     catalogue,
     committed,
     fast,
+    insert,
     record,
+    row,
     running,
     send,
     thing,
     until,
 )
 from tests.servers import Kafka
-
-INSERT = sa.text("INSERT INTO effect (event_id, name, number) VALUES (:id, :name, :number)")
-
-
-def row(event: Event) -> dict[str, Any]:
-    return {"id": event.id, "name": event.data["name"], "number": event.data["number"]}
-
-
-@pytest.fixture
-def effects(database: str) -> Iterator[Effects]:
-    effects = Effects(database)
-    yield effects
-    effects.close()
-
-
-@pytest.fixture
-async def engine(database: str) -> AsyncIterator[AsyncEngine]:
-    engine = async_engine(database)
-    yield engine
-    await engine.dispose()
 
 
 async def test_each_event_takes_effect_once_in_the_order_of_its_key(
@@ -59,7 +37,7 @@ async def test_each_event_takes_effect_once_in_the_order_of_its_key(
     async def note(event: Event, session: AsyncSession, meta: Meta) -> None:
         assert meta.id == event.id
         assert meta.type == TYPE
-        await session.execute(INSERT, row(event))
+        await insert(session, [event])
 
     async with running(consumer):
         await effects.until(300)
@@ -103,7 +81,7 @@ async def test_batches_take_effect_in_one_transaction_and_returned_events_go_to_
     async def note(events: list[Event], session: AsyncSession, metas: list[Meta]) -> list[Event]:
         assert [event.id for event in events] == [meta.id for meta in metas]
         sizes.append(len(events))
-        await session.execute(INSERT, [row(event) for event in events])
+        await insert(session, events)
         return [thing(number=len(events), name="batch")]
 
     async with running(consumer):

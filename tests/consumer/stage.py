@@ -9,8 +9,9 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
+import sqlalchemy as sa
 from confluent_kafka import Producer, TopicPartition
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
 from outbox import Catalogue, Event
 from outbox.consumer import Consumer
@@ -134,6 +135,18 @@ async def running(consumer: Consumer) -> AsyncIterator["asyncio.Task[None]"]:
     finally:
         consumer.stop()
         await asyncio.wait_for(task, PATIENCE)
+
+
+INSERT = sa.text("INSERT INTO effect (event_id, name, number) VALUES (:id, :name, :number)")
+
+
+def row(event: Event) -> dict[str, Any]:
+    return {"id": event.id, "name": event.data["name"], "number": event.data["number"]}
+
+
+async def insert(session: AsyncSession, events: Iterable[Event]) -> None:
+    """What the tests' handlers do."""
+    await session.execute(INSERT, [row(event) for event in events])
 
 
 def async_engine(url: str) -> AsyncEngine:

@@ -1,0 +1,24 @@
+"""Fixtures of the consumer's tests."""
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from tests.consumer.stage import Effects, async_engine
+
+
+@pytest.fixture
+def effects(database: str) -> Iterator[Effects]:
+    """What the tests' handlers have written."""
+    effects = Effects(database)
+    yield effects
+    effects.close()
+
+
+@pytest.fixture
+async def engine(database: str) -> AsyncIterator[AsyncEngine]:
+    """For `async def` handlers."""
+    engine = async_engine(database)
+    yield engine
+    await engine.dispose()

@@ -59,7 +59,7 @@ class Records:
             if created is None or created < 0:
                 raise EventRefused(f"event {id_} was created at no moment that Kafka can tell")
             if time:
-                headers.append(("ce_time", _rfc3339(created)))
+                headers.append(("ce_time", _rfc3339(id_, created)))
             if own is not None:
                 headers += _own(id_, own)
             produce(topic, value, key, -1, None, None, created, headers)
@@ -73,8 +73,11 @@ class Records:
         return frame
 
 
-def _rfc3339(milliseconds: int) -> bytes:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds").encode()
+def _rfc3339(id_: str, milliseconds: int) -> bytes:
+    try:
+        return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds").encode()
+    except (ValueError, OverflowError, OSError) as error:  # whichever the platform has for years after 9999
+        raise EventRefused(f"event {id_} was created in no year that ce_time can tell") from error
 
 
 def _own(id_: str, headers: str) -> list[Header]:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -250,7 +251,7 @@ def test_readers_of_cloudevents_and_of_opentelemetry_find_what_the_writer_said(
             session.begin(),
         ):
             [id_] = outbox.add(session, thing("key €", topic=name, headers={"ce_subject": "thing 1"}))
-        site.taken()
+        site.taken(OUTBOX_CE_TIME="true")
         [record] = check_exactly_once(site)
     found = cloud_event(record)
     assert found.get_id() == str(id_)
@@ -259,6 +260,7 @@ def test_readers_of_cloudevents_and_of_opentelemetry_find_what_the_writer_said(
     assert found.get_specversion() == "1.0"
     assert found.get_datacontenttype() == "application/avro"
     assert found.get_subject() == "thing 1"
+    assert found.get_time() == datetime.fromtimestamp(record.timestamp()[1] / 1000, UTC)
     extensions = ("correlationid", "causationid", "tenant", "partitionkey")
     assert [found.get_extension(one) for one in extensions] == ["request 7 €", str(cause), "acme", "key €"]
     assert dict(headers(record))["x-own"].decode() == "é\n"

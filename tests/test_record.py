@@ -91,6 +91,12 @@ def test_the_time_is_said_where_it_is_asked_for_before_the_row_s_own_headers() -
     assert calls[0][7][-2:] == [("ce_time", b"2024-02-29T12:00:00.123+00:00"), ("a", b"b")]
 
 
+@pytest.mark.parametrize("created", [568_971_820_800_000, (1 << 63) - 1])
+def test_a_year_that_ce_time_cannot_tell_is_refused_by_the_event(created: int) -> None:
+    with pytest.raises(EventRefused, match=ID):
+        Records("/outbox/test", time=True).produce([row(created=created)], lambda *call: None)
+
+
 def test_a_json_null_is_no_headers() -> None:
     assert produced(row(headers="null")) == produced(row())
 

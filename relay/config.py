@@ -114,6 +114,11 @@ class RelayConfig:
     """After SIGTERM: how long batches under way may take to finish before the relay leaves all the same."""
     prepared_statements: bool = True
     """False for PgBouncer in transaction mode before 1.21, which cannot keep them."""
+    http: str = ""
+    """Where probes and metrics are served: `host:port`, or `:port` for this machine only (127.0.0.1). Empty: nowhere,
+    for a port that is taken unasked could be the application's beside it."""
+    ready_needs_kafka: bool = False
+    """True: /readyz also asks that Kafka is reached. Not for a sidecar: its application needs no Kafka to be ready."""
     log_level: str = "info"
     """debug (every batch), info (changes of state), warning, error."""
 
@@ -141,6 +146,8 @@ class RelayConfig:
             )
         self._check_patience()
         self._check_registry()
+        if self.http:
+            _ = self.http_address
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"{_named('log_level')} is {self.log_level!r}: use debug, info, warning or error")
 
@@ -187,6 +194,16 @@ class RelayConfig:
             )
         if self.registry and not self.registry.get("url"):
             raise ConfigError("the schema registry is not named: set OUTBOX_REGISTRY_URL=http://host:port")
+
+    @property
+    def http_address(self) -> tuple[str, int]:
+        """Host and port to serve probes and metrics at; port 0: any that is free. Only where `http` is set."""
+        host, colon, port = self.http.rpartition(":")
+        if not colon or not port.isascii() or not port.isdigit() or int(port) > 65_535 or "/" in host:
+            raise ConfigError(
+                f"{_named('http')} is {self.http!r}: it must be host:port such as 0.0.0.0:9464, or :9464 for 127.0.0.1"
+            )
+        return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
 
     @property
     def transaction_timeout(self) -> float:

@@ -6,7 +6,7 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,12 +18,23 @@ import structlog
 
 from relay import topics
 from relay.config import RelayConfig
-from relay.errors import ConfigError, LaneHalted, LaneLost, LaneTrouble, RelayError
+from relay.errors import (
+    ConfigError,
+    DatabaseTrouble,
+    KafkaTrouble,
+    LaneHalted,
+    LaneLost,
+    LaneTrouble,
+    RelayError,
+)
 from relay.failpoint import Failpoint
+from relay.http import Server
 from relay.leases import plan
+from relay.monitor import LaneState, Monitor
 from relay.pace import Backoff
 from relay.queries import REFUSED, TROUBLE, LaneRow, Meta, Queries, connect
 from relay.transaction import check_settings
+from relay.views import Views
 from relay.worker import LaneWorker, Shared
 
 if TYPE_CHECKING:
@@ -95,6 +106,7 @@ class _Trouble:
     not_before: float = 0.0
     say_at: float = 0.0
     silence: float = SILENCE
+    error: str = ""
 
     def due(self, now: float) -> bool:
         """Whether it is to be said again."""
@@ -117,6 +129,7 @@ class Relay:
         self._troubles: dict[int, _Trouble] = {}
         self._relays = 1
         self._next_heartbeat = self._next_renewal = 0.0
+        self._monitor: Monitor | None = None
         self._waiting_since: float | None = None
         self._keep_until = 0.0  # lanes that nobody came for are not handed back to a relay that is dead, but counts yet
 
@@ -124,6 +137,8 @@ class Relay:
         """Finish the batches under way, release the lanes, return from `run`."""
         self._stopping.set()
         self._wake.set()
+        if self._monitor:
+            self._monitor.stopping = True
 
     def handle_signals(self) -> None:
         """SIGTERM and SIGINT stop the relay; a second one leaves at once."""
@@ -145,6 +160,23 @@ class Relay:
             or the database is a copy of the outbox's.
         """
         check_settings(self._config)
+        server = self._serve()
+        try:
+            await self._work()
+        finally:
+            if server is not None:
+                server.stop()
+
+    def _serve(self) -> Server | None:
+        """Start the HTTP server, if one is asked for."""
+        if not self._config.http:
+            return None
+        self._monitor = Monitor(self._config, version("kafka-outbox"), self._lane_states)
+        server = Server(*self._config.http_address, self._monitor.pages())
+        server.start()
+        return server
+
+    async def _work(self) -> None:
         pool = await self._patiently("database", lambda: connect(self._config, CONNECTIONS))
         if pool is None:
             return
@@ -154,6 +186,8 @@ class Relay:
         try:
             registry = _registry(self._config, queries, threads)
             meta = await self._patiently("database", lambda: self._opened(queries))
+            if meta is not None and self._monitor:
+                self._monitor.opened(meta.name, Views(pool, self._config.schema))
             if meta is None or not await self._patiently("kafka", lambda: self._topic(meta, threads)):
                 return
             log.info(
@@ -163,7 +197,8 @@ class Relay:
                 lanes=meta.lanes,
                 version=version("kafka-outbox"),
             )
-            shared = Shared(self._config, self._id, meta, queries, threads, self._failpoint, registry)
+            metrics = self._monitor.metrics if self._monitor else None
+            shared = Shared(self._config, self._id, meta, queries, threads, self._failpoint, registry, metrics)
             while not self._stopping.is_set():
                 await self._patiently("database", lambda: self._tick(shared))
                 await self._sleep(TICK * random.uniform(0.8, 1.2))  # noqa: S311 -- jitter, no secret
@@ -185,6 +220,8 @@ class Relay:
     async def _topic(self, meta: Meta, threads: ThreadPoolExecutor) -> bool:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(threads, topics.ensure_control_topic, self._config, meta.name, meta.lanes)
+        if self._monitor:
+            self._monitor.kafka_reached = True
         return True
 
     async def _patiently(self, what: str, call: Callable[[], Awaitable[T]]) -> T | None:
@@ -192,18 +229,25 @@ class Relay:
         backoff = Backoff()
         away = False
         while not self._stopping.is_set():
+            if self._monitor:
+                self._monitor.supervisor_at = time.monotonic()
             try:
                 result = await self._unless_stopped(call())
             except REFUSED as error:
                 raise ConfigError(f"the database refuses the relay: {error}") from error
             except (*TROUBLE, LaneTrouble) as error:
+                words = str(error) or type(error).__name__
                 if not away:
-                    log.warning(f"{what} away", error=str(error) or type(error).__name__)
+                    log.warning(f"{what} away", error=words)
                 away = True
+                if self._monitor:
+                    self._monitor.away = f"{what} away: {words}"
                 await self._sleep(backoff.wait())
             else:
                 if away and not self._stopping.is_set():
                     log.info(f"{what} back")
+                if self._monitor:
+                    self._monitor.away = None
                 return result
         return None
 
@@ -296,22 +340,30 @@ class Relay:
     def _note(self, lane: int, held: _Held, error: BaseException | None) -> None:
         if held.worker.taken_at is not None and time.monotonic() - held.worker.taken_at > STEADY:
             self._troubles.pop(lane, None)
+        if self._monitor and not (isinstance(error, LaneLost) and held.worker.taken_at is None):
+            self._monitor.metrics.ends[_END.get(type(error), "other")] += 1
         if error is None:
             return
         if isinstance(error, LaneHalted):
             log.error("lane halted", lane=lane, reason=str(error), remedy="relay resolve")
             return
         trouble = self._troubles.setdefault(lane, _Trouble())
+        trouble.error = f"{type(error).__name__}: {error}"
         if isinstance(error, LaneLost):
             log.info("lane lost", lane=lane, reason=str(error))
         else:
             said = "lane still in trouble" if trouble.say_at else "lane in trouble"
             level = log.warning if isinstance(error, RelayError) else log.error
             level = level if trouble.due(time.monotonic()) else log.debug
-            level(said, lane=lane, error=f"{type(error).__name__}: {error}")
+            level(said, lane=lane, error=trouble.error)
         wait = trouble.backoff.wait()
         trouble.not_before = time.monotonic() + wait
         asyncio.get_running_loop().call_later(wait, self._wake.set)
+
+    def _lane_states(self) -> list[LaneState]:
+        """For the monitor, whose thread may ask at any moment."""
+        held, troubles = dict(self._held), dict(self._troubles)
+        return [_state(lane, held.get(lane), troubles.get(lane)) for lane in sorted({*held, *troubles})]
 
     async def _drain(self, queries: Queries) -> None:
         """Let the workers finish; what does not finish in time is abandoned, and settled by whoever takes the lane
@@ -339,5 +391,25 @@ def _registry(config: RelayConfig, queries: Queries, threads: ThreadPoolExecutor
 
     return Registry(config, queries, threads)
 
+
+def _state(lane: int, held: _Held | None, trouble: _Trouble | None) -> LaneState:
+    error = trouble.error if trouble else None
+    if held is None:
+        return LaneState(lane, taken=False, error=error)
+    worker = held.worker
+    batch, floor, turned_at = worker.batch, worker.floor, worker.turned_at
+    if batch is None or floor is None:
+        return LaneState(lane, taken=False, turned_at=turned_at, error=error)
+    return LaneState(lane, True, batch, floor.value, floor.lag, turned_at, error)
+
+
+_END: Mapping[type[BaseException | None], str] = {
+    type(None): "stopped",
+    LaneLost: "lost",
+    LaneHalted: "halted",
+    KafkaTrouble: "kafka",
+    DatabaseTrouble: "database",
+}
+"""How a worker's end is counted."""
 
 _NO_TROUBLE = _Trouble()

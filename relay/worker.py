@@ -42,6 +42,7 @@ from relay.errors import (
 from relay.failpoint import Failpoint
 from relay.floor import Floor
 from relay.lane import PRODUCERS, Begin, Doubt, Finish, Lane, Progress, Runs, Step, cut, digest_of, foreign, reconcile
+from relay.metrics import Metrics
 from relay.pace import Pace
 from relay.quarantine import Quarantine
 from relay.queries import TROUBLE, Meta, Queries
@@ -86,6 +87,8 @@ class Shared:
     failpoint: Failpoint
     registry: "Registry | None" = None
     """None: no schema registry; the events bear Avro's own frame."""
+    metrics: Metrics | None = None
+    """None: nobody asks for them."""
 
     async def thread(self, call: Callable[..., T], *args: Any, seconds: float | None = None) -> T:
         """What `call` gives, from a thread. `seconds`: how long it may wait for Kafka, by default `kafka_timeout`.
@@ -117,11 +120,22 @@ class LaneWorker:
         """When the lane was taken first, by the monotonic clock; None until then."""
         self._known = False
         """This is the outbox's database, and the lane's progress in Kafka is its own."""
+        self._stepped_at = time.monotonic()
 
     @property
     def batch(self) -> int | None:
         """The last batch whose delete was acknowledged; None while the lane is not taken."""
         return self._cycle.batch if self._cycle else None
+
+    @property
+    def floor(self) -> Floor | None:
+        """The safe floor; None while the lane is not taken."""
+        return self._cycle.floor if self._cycle else None
+
+    @property
+    def turned_at(self) -> float:
+        """When it last showed that it goes on, by the monotonic clock; infinite while it may wait for ever."""
+        return max(self._stepped_at, self._cycle.turned_at) if self._cycle else self._stepped_at
 
     def doubt(self) -> None:
         """The lane's row is not where this worker left it: take the lane anew, which finds out why."""
@@ -162,6 +176,7 @@ class LaneWorker:
     async def _hold(self) -> bool:
         """One hold on the lane: take it, then cycle. True: stopped with nothing under way. False: take it anew at
         once."""
+        self._stepped_at = time.monotonic()
         kafka = Transactions(self._shared.config, self._shared.meta.name, self.lane)
         try:
             lane, metadata = await self._take(kafka)
@@ -174,17 +189,22 @@ class LaneWorker:
                 await self._cycle.run()
         except TakeAgain as doubt:
             log.info("lane in doubt", lane=self.lane, reason=str(doubt))
-            return False
+            return self._again("in_doubt")
         except Recycle as reason:
             log.info("producers recycled", lane=self.lane, reason=str(reason))
-            return False
+            return self._again("recycled")
         except (EventRefused, Undelivered) as refused:
             log.info("batch refused", lane=self.lane, error=str(refused))
-            return False
+            return self._again("refused")
         finally:
             self._cycle = None
             await self._shared.thread(kafka.discard)
         return True
+
+    def _again(self, reason: str) -> bool:
+        if self._shared.metrics is not None:
+            self._shared.metrics.ends[reason] += 1
+        return False
 
     # ---- steps 1 to 4 ------------------------------------------------------------------------------------------------
 
@@ -201,7 +221,7 @@ class LaneWorker:
             raise LaneHalted(str(doubt)) from None
 
     async def _take_once(self, kafka: Transactions) -> tuple[Lane, str]:
-        shared, done = self._shared, self._shared.failpoint.done
+        shared, done = self._shared, self._done
         if not await shared.queries.lease(self.lane, shared.relay, shared.config.lease):  # 1
             raise LaneLost(f"lane {self.lane} is held by another relay, or halted")
         done(Step.LEASE)
@@ -219,6 +239,10 @@ class LaneWorker:
         done(Step.RECONCILE)
         self._quarantine.hold(await shared.queries.held(self.lane))
         return settled
+
+    def _done(self, step: Step) -> None:
+        self._stepped_at = time.monotonic()
+        self._shared.failpoint.done(step)
 
     async def _look_before_fencing(self) -> None:
         """Once for each worker, so that a wrong database, or a wrong name, does not fence the rightful owner of the
@@ -260,6 +284,8 @@ class LaneWorker:
         async with shared.queries.connection() as db:
             if not await shared.queries.advance(db, self.lane, before, verdict.batch, runs, {}, shared.relay):
                 raise TakeAgain(f"the batch of lane {self.lane} moved on from {before} while the lane was taken")
+        if isinstance(verdict, Finish) and shared.metrics is not None:
+            shared.metrics.reconciled(sum(end - start for start, end in runs))
         assert progress is not None  # noqa: S101 -- reconcile answers Begin or Doubt for None
         return Lane(verdict.batch), progress.metadata()
 
@@ -298,6 +324,8 @@ class _Fetched:
     parked: dict[int, str] = field(default_factory=dict)
     closely: bool = False
     """Each record's fate is asked for."""
+    began: float = 0.0
+    """When its Kafka transaction began, by the monotonic clock."""
 
     @property
     def seqs(self) -> list[int]:
@@ -328,7 +356,7 @@ class _Cycle:
         self._metadata = metadata
         self._quarantine = quarantine
         self._stopping = stopping
-        self._floor = Floor()
+        self.floor = Floor()
         self._floor_read = 0.0
         self._pace = Pace(shared.config.poll_shortest, shared.config.poll_longest)
         frames = shared.registry.frames if shared.registry else None
@@ -336,7 +364,7 @@ class _Cycle:
         self._records = Records(source, frames, time=shared.config.ce_time)
         self._finishing: dict[int, _Finishing] = {}
         self.doubted = False
-        self._last_event = time.monotonic()
+        self._last_event = self.turned_at = time.monotonic()
         # How long ago the progress was written is not known here: a relay that crashes each hour would let it expire.
         self._last_progress = self._last_event - max(0.0, shared.config.keepalive - FIRST_KEEPALIVE)
 
@@ -348,6 +376,7 @@ class _Cycle:
         """Cycle until `stopping`; then nothing is under way. Every error ends the hold."""
         try:
             while not self._stopping.is_set():
+                self.turned_at = time.monotonic()
                 self._raise_failure()
                 await self._room()
                 fetched = await self._fetch()
@@ -382,7 +411,7 @@ class _Cycle:
             self._reading,
             self._number,
             batch,
-            self._floor.value,
+            self.floor.value,
             self._lane.hidden,
             limit,
             config.batch_bytes,
@@ -404,6 +433,7 @@ class _Cycle:
         ready, refused = registry.part(rows)
         self._quarantine.condemn(refused)
         if rows and not ready:
+            self.turned_at = float("inf")  # the registry may be away for as long as it likes
             await registry.learn(rows, self._stopping)
         return ready
 
@@ -428,18 +458,18 @@ class _Cycle:
         statement refused to look.
         """
         if fetched is None:
-            self._floor.fetched(0, complete=looked)
+            self.floor.fetched(0, complete=looked)
         else:
             last = max(fetched.rows[-1][0] if fetched.rows else 0, max(fetched.parked, default=0))
             taken = len(fetched.rows) + len(fetched.parked)
             complete = taken == len(rows) < limit and not self._full(rows)
-            self._floor.fetched(last, complete)
+            self.floor.fetched(last, complete)
 
     async def _read_holders(self, rows: int) -> None:
         """Read who holds the table when that can move the floor. Behind the batch, which it would delay."""
         now = time.monotonic()
-        if self._floor.due() and (rows >= AHEAD_ROWS or now - self._floor_read >= FLOOR_SECONDS):
-            self._floor.read(await self._shared.queries.holders(self._reading))
+        if self.floor.due() and (rows >= AHEAD_ROWS or now - self._floor_read >= FLOOR_SECONDS):
+            self.floor.read(await self._shared.queries.holders(self._reading))
             self._floor_read = now
 
     def _full(self, rows: list[Any]) -> bool:
@@ -489,6 +519,7 @@ class _Cycle:
     async def _produce(self, fetched: _Fetched) -> None:
         if not self._lane.may_produce(fetched.number):
             raise IllegalStep(f"batch {fetched.number} may not be produced in {self._lane}")
+        fetched.began = time.monotonic()
         produce = self._kafka.begin(fetched.number, fetched.closely)
         for start in range(0, len(fetched.rows), YIELD_ROWS):
             with typed("produce a batch", EventRefused):
@@ -511,6 +542,8 @@ class _Cycle:
         self._shared.failpoint.done(Step.COMMIT)
         self._metadata = fetched.metadata
         self._last_progress = time.monotonic()
+        if self._shared.metrics is not None:
+            self._shared.metrics.batch(fetched.rows, self._last_progress - fetched.began)
         return suspicious
 
     def _commit_in_thread(self, number: int, metadata: str) -> str | None:

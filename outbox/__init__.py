@@ -1,5 +1,6 @@
 """Transactional outbox and inbox: events from a database transaction into Kafka, exactly once and in key order."""
 
+from outbox.aggregate import RecordsEvents
 from outbox.catalogue import Catalogue, TypedEvent
 from outbox.errors import (
     BacklogFull,
@@ -39,6 +40,7 @@ __all__ = [
     "MigrationError",
     "Outbox",
     "OutboxError",
+    "RecordsEvents",
     "RegistryError",
     "SchemaError",
     "SchemaRefused",

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from sqlalchemy.orm import (
     relationship,
 )
 
+from examples.chip_quality.events import InspectionEvent
 from outbox.aggregate import RecordsEvents
 from outbox.catalogue import Catalogue
 from outbox.errors import InvalidEvent, UsageError
@@ -24,6 +26,7 @@ from outbox.headers import context
 from outbox.message import Event
 from outbox.writer import Outbox
 
+ROOT = Path(__file__).parents[1]
 OUTBOX = Outbox(
     Catalogue(
         [
@@ -393,6 +396,26 @@ def test_mapped_dataclasses_abstract_bases_and_joined_tables_record_too(engine: 
         data.record(Event("test.Thing", {"thing": "data again"}))
         session.commit()
     assert keys(engine) == ["data", "die", "die again", "data again"]
+
+
+def test_what_the_documentation_shows_is_right(engine: sa.Engine) -> None:
+    text = (ROOT / "docs/writing.md").read_text().partition("## Events recorded on objects")[2]
+    code = text.partition("```python\n")[2].partition("```")[0]
+
+    class Declared(DeclarativeBase):
+        pass
+
+    names = {"Base": Declared, "Mapped": Mapped, "Session": Session, "engine": engine, "mapped_column": mapped_column}
+    columns = "id text PRIMARY KEY, batch_id text, chip_id text, type text, status text, quality_score float"
+    with engine.begin() as connection:
+        connection.execute(sa.text(f"CREATE TABLE inspections ({columns})"))
+        connection.execute(sa.text("INSERT INTO inspections VALUES ('i-1', 'b', 'c', 'visual', 'STARTED')"))
+    outbox = Outbox(Catalogue.from_folder(ROOT / "schemas"))
+    exec(code, {**names, "outbox": outbox, "InspectionEvent": InspectionEvent})  # noqa: S102 - ours
+    with engine.connect() as connection:
+        assert connection.scalar(sa.text("SELECT status FROM inspections")) == "COMPLETED"
+        [row] = connection.execute(sa.text("SELECT type, key FROM outbox.outbox")).all()
+    assert (row.type.rpartition(".")[2], row.key) == ("INSPECTION_COMPLETED", "i-1")
 
 
 def test_a_query_does_not_know_of_it_and_no_session_is_hooked_for_it(engine: sa.Engine, session: Session) -> None:

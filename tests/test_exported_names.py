@@ -17,6 +17,7 @@ NAMES = {
     "MigrationError",
     "Outbox",
     "OutboxError",
+    "RecordsEvents",
     "RegistryError",
     "SchemaError",
     "SchemaRefused",

@@ -94,7 +94,7 @@ def test_the_time_is_said_where_it_is_asked_for_before_the_row_s_own_headers() -
 @pytest.mark.parametrize("created", [568_971_820_800_000, (1 << 63) - 1])
 def test_a_year_that_ce_time_cannot_tell_is_refused_by_the_event(created: int) -> None:
     with pytest.raises(EventRefused, match=ID):
-        Records("/outbox/test", time=True).produce([row(created=created)], lambda *call: None)
+        Records("/outbox/test", time=True).produce([row(created=created)], print)
 
 
 def test_a_json_null_is_no_headers() -> None:

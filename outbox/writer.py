@@ -19,7 +19,7 @@ from operator import attrgetter
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
 from uuid import UUID
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -125,6 +125,7 @@ class Outbox:
         self._insert = self._statement(_INSERT)
         self._insert_with_schemas = self._statement(_WITH_SCHEMAS + _INSERT)
         self._compiled: dict[tuple[str, _Statement], tuple[str, list[str] | None]] = {}
+        _LIVING.add(self)
         _hook_sessions()
 
     def add(
@@ -241,6 +242,14 @@ class Outbox:
             connection.exec_driver_sql(sql, tuple(parameters[name] for name in positions) if positions else parameters)
 
 
+_LIVING: WeakSet[Outbox] = WeakSet()
+
+
+def living() -> list[Outbox]:
+    """Every Outbox of this process: outbox.testing reads by their catalogues what they wrote."""
+    return list(_LIVING)
+
+
 def _row(message: Message) -> dict[str, Any]:
     return {
         "id": str(message.id),
@@ -351,6 +360,12 @@ def put(
         ledger.fates.append(fate)
     if ledger.closing:
         _write_late(session, ledger, before)
+
+
+def unwritten(session: Session) -> list[Message]:
+    """What was put into the session's transaction and waits for its INSERT, in order."""
+    ledger: _Ledger | None = session.info.get(_LEDGER)
+    return [] if ledger is None else [entry.message for entry in ledger.entries]
 
 
 def _read_backlog(connection: sa.Connection, backlog: Backlog) -> None:

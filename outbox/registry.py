@@ -55,8 +55,7 @@ class SchemaRegistry:
         if "@" in str(settings.get("url", "")):
             raise UsageError("the registry's URL holds credentials, and URLs are shown: set basic.auth.user.info")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # its authlib speaks of a change that is the client's to make
+            with warnings.catch_warnings(record=True):  # its authlib speaks of a change that is the client's to make
                 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
         except ImportError as error:
             raise UsageError(
@@ -68,6 +67,10 @@ class SchemaRegistry:
             self._client: Any = SchemaRegistryClient({"timeout": TIMEOUT, **given})
         except (ValueError, TypeError, OSError) as error:  # OSError: a certificate that cannot be read
             raise UsageError(f"a setting of the schema registry cannot be used: {error}") from error
+
+    def close(self) -> None:
+        """Close its connections. Not to be used afterwards."""
+        self._client.__exit__()  # older versions of the client have no other name for it
 
     def register(self, subject: str, schema: str) -> int:
         """The id of a schema (JSON text), which is a version of `subject` from then on."""

@@ -50,6 +50,7 @@ class Registry:
             registry = SchemaRegistry({"max.retries": 0, **config.registry})
         except UsageError as error:
             raise ConfigError(str(error)) from error
+        self.close = registry.close
         self._ask = registry.register if config.registry_auto_register else registry.look_up
         self._subject = SUBJECTS[config.registry_subject_strategy]
         self._url = config.registry["url"]

@@ -157,6 +157,12 @@ def _outbox(metadata: MetaData, lanes: int) -> None:
             """ AND NOT headers @? 'strict $.* ? (@.type() != "string" && @.type() != "null")'""",
             name="outbox_headers_are_texts",
         ),
+        # Said twice, a header would be one thing to this reader and another to that.
+        CheckConstraint(
+            "NOT headers ?| ARRAY['ce_specversion', 'ce_id', 'ce_type', 'ce_source', 'ce_time']"
+            " AND (fingerprint IS NULL OR NOT headers ? 'content-type')",
+            name="outbox_headers_not_the_relays",
+        ),
         listeners=_outboxevent()
         + _storage(
             {

@@ -211,6 +211,14 @@ def test_headers_that_kafka_cannot_carry_are_refused(rows: Rows, headers: str) -
         rows.after(HEADERS, headers)
 
 
+@pytest.mark.parametrize("name", ["ce_specversion", "ce_id", "ce_type", "ce_source", "ce_time", "content-type"])
+def test_the_relay_s_own_headers_are_refused_and_others_of_cloudevents_are_not(rows: Rows, name: str) -> None:
+    insert = "INSERT INTO outbox.outbox (type, topic, fingerprint, value, headers) VALUES ('a', 't', 1, '', %s)"
+    rows.after(insert, '{"ce_subject": "x", "ce_tenant": "acme"}')
+    with pytest.raises(psycopg.errors.CheckViolation, match="outbox_headers_not_the_relays"):
+        rows.after(insert, json.dumps({name: "x", "other": "y"}))
+
+
 # ---- Debezium's columns ----------------------------------------------------------------------------------------------
 
 

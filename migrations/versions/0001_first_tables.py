@@ -30,7 +30,10 @@ CREATE TABLE {schema}.outbox (
     PRIMARY KEY (lane, seq),
     CONSTRAINT outbox_headers_are_texts
         CHECK (jsonb_typeof(headers) IN ('object', 'null')
-               AND NOT headers @? 'strict $.* ? (@.type() != "string" && @.type() != "null")')
+               AND NOT headers @? 'strict $.* ? (@.type() != "string" && @.type() != "null")'),
+    CONSTRAINT outbox_headers_not_the_relays
+        CHECK (NOT headers ?| ARRAY['ce_specversion', 'ce_id', 'ce_type', 'ce_source', 'ce_time']
+               AND (fingerprint IS NULL OR NOT headers ? 'content-type'))
 ) WITH (
     autovacuum_vacuum_scale_factor = 0,
     autovacuum_vacuum_threshold = 10000,

@@ -3,6 +3,8 @@
 PYTHON ?= python3
 MINUTES ?= 2
 SEED ?= 1
+# All tests: in three processes, a file at a time, each with servers of its own. A part of them (ARGS) runs in one, at once.
+WHOLE := -n 3 --dist loadfile --no-loadscope-reorder --durations=10
 BIN := .venv/bin
 READY := .venv/.ready
 
@@ -20,7 +22,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/outbox codegen --check schemas examples/chip_quality/events.py
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),$(WHOLE))
 
 torture: $(READY)
 	$(BIN)/python -m tests.torture --minutes $(MINUTES) --seed $(SEED)

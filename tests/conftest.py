@@ -1,7 +1,7 @@
 """Fixtures on real servers, the order of the tests (fast first), and the rule that nothing is skipped in CI."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
 import pytest
@@ -111,10 +111,22 @@ def topic(kafka: Kafka) -> MakeTopic:
     return make
 
 
+LONGEST = ("test_torture", "test_relay", "test_resolve", "test_crash", "test_hazards", "test_servers", "test_model")
+"""Files that take a minute or more, the longest first."""
+
+
 @pytest.hookimpl(trylast=True)  # after pytest-randomly, whose order is kept within each rank
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests without a server first, those that kill something last, and at the very end the one that waits a minute."""
-    items.sort(key=_rank)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests without a server first, those that kill something last, and at the very end the one that waits a minute.
+
+    In one of several processes (`-n 3 --dist loadfile`), which share the files out: what takes longest is begun first.
+    """
+    items.sort(key=_early if hasattr(config, "workerinput") else _rank)
+
+
+def _early(item: pytest.Item) -> tuple[int, bool, int]:
+    place = LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+    return place, _rank(item) == 3, -_rank(item)
 
 
 def _rank(item: pytest.Item) -> int:
@@ -126,27 +138,37 @@ def _rank(item: pytest.Item) -> int:
 
 
 class NothingSkipped:
-    """Fails the run when a test or a module was skipped: in CI a skip is a hole, not a pass."""
+    """Fails the run when a test or a module was skipped: in CI a skip is a hole, not a pass.
+
+    Also in each of several processes, which tell the one that began them: it hears of no module that they skipped.
+    """
 
     def __init__(self) -> None:
-        self.skipped: list[str] = []
+        self.skipped: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.skipped and not hasattr(report, "wasxfail"):
-            self.skipped.append(report.nodeid)
+            self.skipped.add(report.nodeid)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.skipped:
-            self.skipped.append(report.nodeid)
+            self.skipped.add(report.nodeid)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self.skipped:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["skipped"] = list(self.skipped)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """xdist: a process has ended, in order if it has an output."""
+        self.skipped.update(getattr(node, "workeroutput", {}).get("skipped", ()))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.skipped:
             terminalreporter.section("skipped, which CI does not allow", red=True)
-            for nodeid in self.skipped:
+            for nodeid in sorted(self.skipped):
                 terminalreporter.line(nodeid)
 
 

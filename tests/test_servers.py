@@ -294,12 +294,23 @@ def test_a_server_behind_a_url_is_used_and_never_stopped(
     assert own_postgres.execute("SELECT 1") == [(1,)]
 
 
-SKIPS = "import pytest\n\n\ndef test_nothing():\n    pytest.skip('no reason')\n"
+SKIPPED_TEST = "import pytest\n\n\ndef test_nothing():\n    pytest.skip('no reason')\n"
+SKIPPED_FILE = "import pytest\n\npytest.skip('no reason', allow_module_level=True)\n"
 
 
-@pytest.mark.parametrize(("ci", "status"), [("true", 1), ("", 0)])
-def test_a_skip_fails_the_run_in_ci(tmp_path: Path, ci: str, status: int) -> None:
-    (tmp_path / "test_skips.py").write_text(SKIPS)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-c", "pyproject.toml", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("ci", "processes", "skipped", "status"),
+    [
+        pytest.param("true", "0", SKIPPED_TEST, 1, id="a test"),
+        pytest.param("true", "2", SKIPPED_FILE, 1, id="a file, in one of two processes"),
+        pytest.param("", "0", SKIPPED_FILE, 0, id="not in CI"),
+    ],
+)
+def test_a_skip_fails_the_run_in_ci(tmp_path: Path, ci: str, processes: str, skipped: str, status: int) -> None:
+    (tmp_path / "test_skips.py").write_text(skipped)
+    (tmp_path / "test_passes.py").write_text("def test_nothing():\n    pass\n")
+    options = ["-q", "-p", "tests.conftest", "-c", "pyproject.toml", "-n", processes]
+    command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CI": ci}, check=False)
     assert done.returncode == status, done.stdout
+    assert ("skipped, which CI does not allow" in done.stdout) == bool(status)

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import fcntl
 import os
 import random
 import shutil
@@ -13,9 +14,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
+from tests.servers import cache as kept
 from tests.servers import guardian
 from tests.servers.errors import StartFailed
 
@@ -24,6 +27,7 @@ from tests.servers.errors import StartFailed
 PORTS = range(20000, 32768)
 
 _given: set[int] = set()
+_given_lock = threading.Lock()
 
 _guardian: subprocess.Popen[str] | None = None
 _guardian_lock = threading.Lock()
@@ -32,16 +36,25 @@ _guardian_lock = threading.Lock()
 def free_port() -> int:
     """A port of 127.0.0.1 that was just bound and is free again; it stays the server's over its restarts.
 
-    No port is given twice: one may be bound much later than it was asked for.
+    No port is given twice, in this process or to another one that lives: one may be bound much later than it was asked
+    for, and a killed server's is free for a while.
     """
-    for port in random.sample(PORTS, 200):
-        if port in _given:
-            continue
-        with contextlib.suppress(OSError):
-            _bind(port)
-            _given.add(port)
-            return port
+    with _given_lock:
+        for port in random.sample(PORTS, 200):
+            if port in _given:
+                continue
+            with contextlib.suppress(OSError):
+                fcntl.lockf(_ports(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+                _bind(port)
+                _given.add(port)
+                return port
     raise StartFailed(f"None of 200 ports between {PORTS.start} and {PORTS.stop} can be bound.")
+
+
+@cache
+def _ports() -> IO[bytes]:
+    """A file whose n-th byte is locked by the process that was given port n, until that ends."""
+    return (kept.folder() / ".lock-ports").open("wb")
 
 
 def wait_until_free(port: int, timeout: float = 10.0) -> None:

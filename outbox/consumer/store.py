@@ -79,7 +79,7 @@ class Death:
 
 
 _BEGIN = """INSERT INTO {schema}.consumer_attempt AS had (consumer, event_id, attempts)
-SELECT :consumer, id, 1 FROM unnest(CAST(string_to_array(:ids, ' ') AS uuid[])) AS event (id) ORDER BY id
+SELECT DISTINCT :consumer, id, 1 FROM unnest(CAST(string_to_array(:ids, ' ') AS uuid[])) AS event (id) ORDER BY id
 ON CONFLICT (consumer, event_id) DO UPDATE SET attempts = had.attempts + 1"""
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import click
 
-from outbox.codegen import codegen, lint
+from outbox.codegen import codegen
 from outbox.consumer.commands import consume, dead, replay
 from outbox.errors import OutboxError
 from outbox.roles import Roles, grants
+from outbox.schemas_commands import schemas_group
 from outbox.tables import SCHEMA
 
 
@@ -121,14 +122,7 @@ def rename(name: str, url: str | None, events: Any, schema: str) -> None:
     click.echo(f"the outbox in the SQL schema {schema} is {name} now; {waiting} events wait", err=True)
 
 
-@main.group("schemas")
-def schemas_group() -> None:
-    """The .avsc files of a service."""
-
-
-schemas_group.add_command(lint)
-main.add_command(codegen)
-for _command in (consume, replay, dead):
+for _command in (codegen, schemas_group, consume, replay, dead):
     main.add_command(_command)
 
 

@@ -272,7 +272,7 @@ def _record(schema: dict[str, Any]) -> _Record:
         key=schema.get("key"),
         key_default=fields.get(schema.get("key", ""), {}).get("default"),
         fingerprint=schemas.fingerprint(schema),
-        json=json.dumps(schema, separators=(",", ":"), ensure_ascii=False),
+        json=schemas.text(schema),
         parsed=_parsed(schema),
         expanded=expanded,
         check=compile_check(expanded),

@@ -90,18 +90,6 @@ def codegen(folder: Path, out: Path, *, check: bool) -> None:
         sys.exit(1)
 
 
-@click.command("lint")
-@click.argument("path", type=click.Path(path_type=Path))
-def lint(path: Path) -> None:
-    """Name what makes the .avsc files under PATH unusable, or misleading to readers; exit 1 when there is anything."""
-    problems = schemas.lint(path)
-    for problem in problems:
-        click.echo(str(problem))
-    if problems:
-        sys.exit(1)
-    click.echo(f"{path}: no problems")
-
-
 def _difference(old: str, new: str, out: Path, limit: int = 40) -> str:
     lines = difflib.unified_diff(old.splitlines(True), new.splitlines(True), str(out), "generated now", n=1)
     shown = list(lines)

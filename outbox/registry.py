@@ -40,6 +40,20 @@ NOT_FOUND = frozenset({40401, 40402, 40403})
 """No such subject, version, schema. A 404 with another code is said of the path, by whatever answers there."""
 
 
+PREFIX = "OUTBOX_REGISTRY_"
+NO_SETTINGS = frozenset({"OUTBOX_REGISTRY_AUTO_REGISTER", "OUTBOX_REGISTRY_SUBJECT_STRATEGY"})
+"""Of the relay, not of the client."""
+
+
+def settings_from(environ: Mapping[str, str]) -> dict[str, str]:
+    """The client's settings of an environment: `a.b` is OUTBOX_REGISTRY_A_B, as it is for the relay."""
+    return {
+        name.removeprefix(PREFIX).lower().replace("_", "."): text
+        for name, text in environ.items()
+        if name.startswith(PREFIX) and name not in NO_SETTINGS
+    }
+
+
 class SchemaRegistry:
     """A registry. Thread-safe.
 

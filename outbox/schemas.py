@@ -105,14 +105,28 @@ def lint(path: str | Path) -> list[Problem]:
     return problems + list(_duplicates(schemas))
 
 
+def advice(path: str | Path) -> list[Problem]:
+    """What makes schemas that have no problem hard to change later: fields that readers could not do without."""
+    found = []
+    for file, schema in load(path).items():
+        for place, field in _members(schema, full_name(schema)):
+            found += [Problem(file, place, text) for text in _advice(field)]
+    return found
+
+
+def text(schema: Schema) -> str:
+    """The JSON of a schema as it is kept in avro_schema and given to a registry."""
+    return json.dumps(schema, separators=(",", ":"), ensure_ascii=False)
+
+
 def fingerprint(schema: Schema) -> int:
     """Avro's CRC-64 (Rabin) of the parsing canonical form, as a signed 64-bit integer.
 
     Canonical form leaves out logical types, defaults, docs and aliases: schemas that differ in nothing else share it.
     https://avro.apache.org/docs/1.12.0/specification/#schema-fingerprints
     """
-    text = fastavro_fingerprint(to_parsing_canonical_form(schema), "CRC-64-AVRO")
-    return int.from_bytes(bytes.fromhex(text), "little", signed=True)
+    crc = fastavro_fingerprint(to_parsing_canonical_form(schema), "CRC-64-AVRO")
+    return int.from_bytes(bytes.fromhex(crc), "little", signed=True)
 
 
 def full_name(schema: Schema) -> str:
@@ -326,8 +340,9 @@ def _check_account(said: Schema, members: Mapping[str, Schema], where: str) -> I
 
 
 def _check_type(schema: Any, where: str) -> Iterator[tuple[str, str]]:
-    """Walk one type: names, and logical types that no reader would see."""
+    """Walk one type: names, unions, and logical types that no reader would see."""
     if isinstance(schema, list):
+        yield from _check_union(schema, where)
         for branch in schema:
             yield from _check_type(branch, where)
         return
@@ -350,6 +365,15 @@ def _check_type(schema: Any, where: str) -> Iterator[tuple[str, str]]:
     yield from _check_type(schema.get("values"), f"{where}[]")
 
 
+def _check_union(schema: list[Any], where: str) -> Iterator[tuple[str, str]]:
+    """https://avro.apache.org/docs/1.12.0/specification/#unions"""
+    if any(isinstance(branch, list) for branch in schema):
+        yield where, "a union in a union; write one union of all the types"
+    kinds = [_base(branch) for branch in schema if not (isinstance(branch, dict) and branch.get("type") in NAMED)]
+    for kind in dict.fromkeys(kind for kind in kinds if isinstance(kind, str) and kinds.count(kind) > 1):
+        yield where, f"{kind} stands twice in one union, so that no reader can tell which one is meant; remove one"
+
+
 def _check_logical(schema: Schema, where: str) -> Iterator[tuple[str, str]]:
     if "logicalType" not in schema:
         return
@@ -366,15 +390,18 @@ def _check_logical(schema: Schema, where: str) -> Iterator[tuple[str, str]]:
             where,
             f"logicalType {logical} on {base!r} is ignored by readers; it belongs on {' or '.join(sorted(bases))}",
         )
+    elif logical == "decimal" and not isinstance(schema.get("precision"), int):
+        yield where, 'a decimal without its precision is ignored by readers; add "precision", and "scale" if it has one'
 
 
 def _check_names(schema: Schema, where: str) -> Iterator[tuple[str, str]]:
     parts = f"{schema['namespace']}.{schema.get('name')}" if schema.get("namespace") else str(schema.get("name"))
-    symbols = schema.get("symbols", ())
-    names = [*parts.split("."), *(symbols if isinstance(symbols, list) else ())]
-    for name in names:
+    names = [*parts.split("."), *_list(schema, "symbols")]
+    for name in [*names, *(part for alias in _list(schema, "aliases") for part in str(alias).split("."))]:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             yield where, f"{name!r} is no Avro name: letters, digits and _, not a digit first"
+    if schema.get("name") in PLAIN:
+        yield where, f"{schema['name']} is the name of one of Avro's own types; rename yours"
 
 
 def _check_fields(schema: Schema, where: str) -> Iterator[tuple[str, str]]:
@@ -389,8 +416,9 @@ def _check_fields(schema: Schema, where: str) -> Iterator[tuple[str, str]]:
             continue
         name = field["name"]
         place = f"{where}.{name}"
-        if not NAME.fullmatch(name):
-            yield place, f"{name!r} is no Avro name: letters, digits and _, not a digit first"
+        for one in (name, *_list(field, "aliases")):
+            if not isinstance(one, str) or not NAME.fullmatch(one):
+                yield place, f"{one!r} is no Avro name: letters, digits and _, not a digit first"
         if name in seen:
             yield place, "second field of this name; remove or rename one"
         seen.add(name)
@@ -398,6 +426,30 @@ def _check_fields(schema: Schema, where: str) -> Iterator[tuple[str, str]]:
             inside = json.dumps({"type": field.get("type"), "logicalType": field["logicalType"]})
             yield place, f'logicalType stands beside the type, where readers ignore it; write "type": {inside}'
         yield from _check_type(field.get("type"), place)
+
+
+def _members(schema: Any, where: str) -> Iterator[tuple[str, Schema]]:
+    """Every field of every record in a schema without a problem, by its place."""
+    if isinstance(schema, list):
+        for branch in schema:
+            yield from _members(branch, where)
+    elif isinstance(schema, dict):
+        for field in schema.get("fields", ()):
+            place = f"{where}.{field['name']}"
+            yield place, field
+            yield from _members(field["type"], place)
+        for inner, place in (("type", where), ("items", f"{where}[]"), ("values", f"{where}[]")):
+            yield from _members(schema.get(inner), place)
+
+
+def _advice(field: Schema) -> Iterator[str]:
+    kind = field["type"]
+    if not isinstance(kind, list) or "null" not in kind:
+        return
+    if "default" not in field:
+        yield 'may be null and has no default, so that no reader can do without it; put null first and "default": null'
+    elif field["default"] is None and kind[0] != "null":
+        yield "its default is null, which is not the first type of its union: readers before Avro 1.12 refuse that"
 
 
 def _duplicates(schemas: Mapping[Path, Schema]) -> Iterator[Problem]:
@@ -411,6 +463,11 @@ def _duplicates(schemas: Mapping[Path, Schema]) -> Iterator[Problem]:
     for (kind, name), files in sorted(owners.items()):
         for file in files[1:]:
             yield Problem(file, kind, f"{name} is already in {files[0]}; rename one of them")
+
+
+def _list(schema: Schema, what: str) -> list[Any]:
+    found = schema.get(what)
+    return found if isinstance(found, list) else []
 
 
 def _base(schema: Any) -> Any:

@@ -8,21 +8,22 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import asyncpg
-import fastavro
+import psycopg
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
 from benchmarks.figures import percentile
 from benchmarks.stage import Stage, say
+from benchmarks.write_steps import steps
 from examples.chip_quality.events import Defect, InspectionEvent, InspectionEventType
 from outbox.catalogue import Catalogue
 from outbox.writer import Outbox
@@ -45,6 +46,10 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes(transactions=30, warming=5)
+
+
+INSERT = "INSERT INTO inspection VALUES (%(id)s, %(chip_id)s, %(status)s, %(quality_score)s)"
+"""Of the service's own, for psycopg."""
 
 
 class Base(DeclarativeBase):
@@ -93,63 +98,117 @@ class _Ways:
     def __init__(self, url: str, runner: asyncio.Runner) -> None:
         self._outbox = Outbox(Catalogue.from_folder(SCHEMAS))
         self._runner = runner
-        self._engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+        by_psycopg, by_asyncpg = (
+            url.replace("postgresql://", f"postgresql+{one}://") for one in ("psycopg", "asyncpg")
+        )
+        self._engine = sa.create_engine(by_psycopg)
         Base.metadata.create_all(self._engine)
-        self._async_engine = create_async_engine(url.replace("postgresql://", "postgresql+asyncpg://"))
-        self._connection: asyncpg.Connection[asyncpg.Record] = runner.run(asyncpg.connect(url))
+        self._scoped = scoped_session(sessionmaker(self._engine))
+        self._asyncpg_engine, self._psycopg_engine = create_async_engine(by_asyncpg), create_async_engine(by_psycopg)
+        self.psycopg = psycopg.connect(url)
+        self._async_psycopg = runner.run(psycopg.AsyncConnection.connect(url))
+        self.asyncpg: asyncpg.Connection[asyncpg.Record] = runner.run(asyncpg.connect(url))
 
     def all(self) -> dict[str, Transaction]:
         """By name."""
-        return {
+        awaited = {
+            "async_session_asyncpg": lambda count: self._async_session(self._asyncpg_engine, count),
+            "async_session_psycopg": lambda count: self._async_session(self._psycopg_engine, count),
+            "async_core_asyncpg": lambda count: self._async_core(self._asyncpg_engine, count),
+            "async_core_psycopg": lambda count: self._async_core(self._psycopg_engine, count),
+            "asyncpg": self._bare_asyncpg,
+            "async_psycopg": self._bare_async_psycopg,
+        }
+        timed = {
             "session_psycopg": self._session,
-            "async_session_asyncpg": lambda count: self._runner.run(self._async_session(count)),
+            "scoped_session_psycopg": self._scoped_session,
             "core_psycopg": self._core,
-            "asyncpg": lambda count: self._runner.run(self._asyncpg(count)),
+            "psycopg": self._bare_psycopg,
+        }
+        return {
+            **{way: partial(_timed, run) for way, run in timed.items()},
+            **{way: partial(self._timed_async, run) for way, run in awaited.items()},
         }
 
-    def _session(self, count: int) -> float:
-        start = time.perf_counter()
-        with Session(self._engine) as session:
-            row = inspection()
-            session.add(Inspection(**row))
-            if count:
-                self._outbox.add(session, *events(row["id"], count))
-            session.commit()
-        return time.perf_counter() - start
+    def _timed_async(self, run: Callable[[int], Awaitable[None]], count: int) -> float:
+        async def timed() -> float:
+            start = time.perf_counter()
+            await run(count)
+            return time.perf_counter() - start
 
-    async def _async_session(self, count: int) -> float:
-        start = time.perf_counter()
-        async with AsyncSession(self._async_engine) as session:
-            row = inspection()
-            session.add(Inspection(**row))
-            if count:
-                self._outbox.add(session, *events(row["id"], count))
-            await session.commit()
-        return time.perf_counter() - start
+        return self._runner.run(timed())
 
-    def _core(self, count: int) -> float:
-        start = time.perf_counter()
+    def _session(self, count: int) -> None:
+        with Session(self._engine) as session, session.begin():
+            self._fill(session, count)
+
+    def _scoped_session(self, count: int) -> None:
+        self._fill(self._scoped, count)
+        self._scoped.commit()
+        self._scoped.remove()
+
+    async def _async_session(self, engine: AsyncEngine, count: int) -> None:
+        async with AsyncSession(engine) as session, session.begin():
+            self._fill(session, count)
+
+    def _fill(self, session: Session | AsyncSession | scoped_session[Session], count: int) -> None:
+        row = inspection()
+        session.add(Inspection(**row))
+        if count:
+            self._outbox.add(session, *events(row["id"], count))
+
+    def _core(self, count: int) -> None:
         with self._engine.begin() as connection:
             row = inspection()
             connection.execute(sa.insert(Inspection), row)
             if count:
                 connection.execute(self._outbox.insert(*events(row["id"], count)))
-        return time.perf_counter() - start
 
-    async def _asyncpg(self, count: int) -> float:
-        start = time.perf_counter()
-        async with self._connection.transaction():
+    async def _async_core(self, engine: AsyncEngine, count: int) -> None:
+        async with engine.begin() as connection:
             row = inspection()
-            await self._connection.execute("INSERT INTO inspection VALUES ($1, $2, $3, $4)", *row.values())
+            await connection.execute(sa.insert(Inspection), row)
             if count:
-                await self._outbox.add_asyncpg(self._connection, *events(row["id"], count))
-        return time.perf_counter() - start
+                await connection.execute(self._outbox.insert(*events(row["id"], count)))
+
+    async def _bare_asyncpg(self, count: int) -> None:
+        async with self.asyncpg.transaction():
+            row = inspection()
+            await self.asyncpg.execute("INSERT INTO inspection VALUES ($1, $2, $3, $4)", *row.values())
+            if count:
+                await self._outbox.add_asyncpg(self.asyncpg, *events(row["id"], count))
+
+    def _bare_psycopg(self, count: int) -> None:
+        with self.psycopg.transaction():
+            row = inspection()
+            self.psycopg.execute(INSERT, row)
+            if count:
+                self._outbox.add_psycopg(self.psycopg, *events(row["id"], count))
+
+    async def _bare_async_psycopg(self, count: int) -> None:
+        async with self._async_psycopg.transaction():
+            row = inspection()
+            await self._async_psycopg.execute(INSERT, row)
+            if count:
+                await self._outbox.add_psycopg_async(self._async_psycopg, *events(row["id"], count))
 
     def close(self) -> None:
         """Gives all connections back."""
         self._engine.dispose()
-        self._runner.run(self._async_engine.dispose())
-        self._runner.run(self._connection.close())
+        self.psycopg.close()
+        for ending in (
+            self._asyncpg_engine.dispose(),
+            self._psycopg_engine.dispose(),
+            self._async_psycopg.close(),
+            self.asyncpg.close(),
+        ):
+            self._runner.run(ending)
+
+
+def _timed(run: Callable[[int], None], count: int) -> float:
+    start = time.perf_counter()
+    run(count)
+    return time.perf_counter() - start
 
 
 def write(stage: Stage, sizes: Sizes) -> dict[str, Any]:
@@ -160,6 +219,7 @@ def write(stage: Stage, sizes: Sizes) -> dict[str, Any]:
         say(f"write: {sizes.transactions} transactions of each of {len(ways.all()) * len(EVENTS)} variants")
         took = _measured(ways.all(), sizes)
         ways.close()
+        profile = steps(url, runner, SCHEMAS, lambda count: events("i-1", count))
     found = {way: _summary({count: took[way, count] for count in EVENTS}) for way in ways.all()}
     for way, figures in found.items():
         say(f"write: {way}: {figures}")
@@ -167,32 +227,9 @@ def write(stage: Stage, sizes: Sizes) -> dict[str, Any]:
         "transactions": sizes.transactions,
         "added_percent": max(one["added_percent"] for one in found.values()),
         "us_per_event_of_100": max(one["us_per_event_of_100"] for one in found.values()),
-        "cpu_us_per_event": _profile(),
         "ways": found,
+        "steps": profile,
     }
-
-
-def _profile() -> dict[str, float]:
-    """What the caller's CPU does for one event of a hundred, by step, without SQLAlchemy and the database: medians of
-    the thread's CPU time. `fastavro alone` is part of `encode`."""
-    catalogue = Catalogue.from_folder(SCHEMAS)
-    made = events("i-1", MANY)
-    schema = fastavro.schema.load_schema(str(SCHEMAS / "inspection.avsc"))
-    plain = [event.to_avro() for event in made]
-    steps: dict[str, Callable[[], object]] = {
-        "make the typed event": lambda: events("i-1", MANY),
-        "encode": lambda: [catalogue.encode(event) for event in made],
-        "fastavro alone": lambda: [fastavro.schemaless_writer(BytesIO(), schema, event) for event in plain],
-    }
-    return {
-        step: round(statistics.median(_cpu(run) for _ in range(100)) / MANY * 1e6, 2) for step, run in steps.items()
-    }
-
-
-def _cpu(run: Callable[[], object]) -> float:
-    start = time.thread_time()
-    run()
-    return time.thread_time() - start
 
 
 def _measured(ways: dict[str, Transaction], sizes: Sizes) -> dict[tuple[str, int], list[float]]:
@@ -212,6 +249,7 @@ def _summary(took: dict[int, Sequence[float]]) -> dict[str, float]:
         "added_percent": round((one / none - 1) * 100, 1),
         "added_us": round((one - none) * 1e6, 1),
         "us_per_event_of_100": round((many - none) / MANY * 1e6, 1),
+        "events_per_s": round(MANY / many),
         "without_p95_ms": round(percentile(took[0], 0.95) * 1e3, 3),
         "with_one_p95_ms": round(percentile(took[1], 0.95) * 1e3, 3),
     }

@@ -43,7 +43,7 @@ def _real(value: Any) -> bool:
 
 
 def _list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, _TEXTS)
+    return isinstance(value, list) or (isinstance(value, Sequence) and not isinstance(value, _TEXTS))
 
 
 _AWARE = ("an aware datetime, such as datetime.now(UTC)", lambda it: isinstance(it, datetime) and it.tzinfo is not None)

@@ -43,6 +43,11 @@ class Backlog:
         """No reading is younger than a second: read again, with `query`, and `take` it."""
         return monotonic() - self._read_at >= READ_AGAIN
 
+    def due(self) -> str | None:
+        """What to read, and `take`, before the next events; None where a reading is believed. Checks that one."""
+        self.check()
+        return self.query if self.is_due else None
+
     def take(self, waiting: int) -> None:
         """Keep a reading; BacklogFull where it is at the limit."""
         self._waiting, self._read_at = waiting, monotonic()

@@ -5,7 +5,7 @@ Nothing here does I/O, so that a mistake is said at the call that made it, also 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
@@ -14,9 +14,13 @@ from sqlalchemy.orm import Session, scoped_session
 from outbox.errors import TransactionError
 from outbox.tables import missing_tables
 
+if TYPE_CHECKING:
+    import psycopg
+
 AnySession = Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any]
 """What carries a transaction in SQLAlchemy's ORM; under asyncio each wraps a Session."""
 
+_IDLE = 0  # psycopg.pq.TransactionStatus, libpq's PQTRANS_IDLE
 _TABLES_MISSING = ("42P01", "42703", "3F000")  # SQLSTATE: undefined table, undefined column, invalid schema name
 
 
@@ -27,7 +31,7 @@ def session_of(session: AnySession) -> Session:
     if not isinstance(found, Session):
         raise TransactionError(
             f"{type(session).__name__} is no Session or AsyncSession of SQLAlchemy: for a Core connection execute"
-            " Outbox.insert(...), for asyncpg await Outbox.add_asyncpg(...)"
+            " Outbox.insert(...), for asyncpg or psycopg use Outbox.add_asyncpg(...) or add_psycopg(...)"
         )
     return found
 
@@ -76,6 +80,15 @@ def refuse_autocommit(connection: sa.Connection) -> None:
     """TransactionError when the driver's connection commits each statement by itself."""
     if getattr(connection.connection.dbapi_connection, "autocommit", False):
         raise _autocommit()
+
+
+def refuse_autocommit_psycopg(connection: "psycopg.Connection[Any] | psycopg.AsyncConnection[Any]") -> None:
+    """TransactionError when a bare connection of psycopg's commits each statement, and no transaction() is open."""
+    if connection.autocommit and connection.info.transaction_status == _IDLE:
+        raise TransactionError(
+            "the psycopg connection is in autocommit and in no transaction, so data and events could be committed one"
+            " without the other: call it inside `with connection.transaction():`"
+        )
 
 
 def _autocommit() -> TransactionError:

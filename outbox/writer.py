@@ -1,23 +1,21 @@
-"""Events into the outbox table, in the caller's transaction: Outbox.add, insert, add_asyncpg.
+"""Events into the outbox table, in the caller's transaction: Outbox.add, insert, add_asyncpg, add_psycopg.
 
 `add` encodes and remembers; nothing reaches the database before the session commits. Then, once the unit of work is
 flushed, all events of the transaction go out in one INSERT, in the order of their add() (docs/design.md, Writing):
 
     add ─► ledger in Session.info ─► before_commit of the root: 1 flush  2 INSERT  (again while a flush adds events)
-             │                       after_commit: the schemas that went along are known from now on
              └─ forgotten with the savepoint, or the transaction, that is not committed
 
 Why not a mapped class: the unit of work would write its rows in an order of its own, often before the aggregate's
 UPDATE has locked the aggregate, and the order of the key would be void.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from threading import Lock
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from uuid import UUID
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -30,7 +28,8 @@ from outbox.errors import TransactionError
 from outbox.guards import HOLDS_NOTHING, Backlog, Origin, origin, warn_of
 from outbox.headers import current
 from outbox.message import Event, Message
-from outbox.tables import SCHEMA, quoted, tables
+from outbox.rows import ASYNCPG, OTHERS, Inserts, StoredSchema
+from outbox.tables import SCHEMA, tables
 from outbox.transaction import (
     AnySession,
     bind_of,
@@ -38,32 +37,12 @@ from outbox.transaction import (
     join,
     refuse_autocommit,
     refuse_autocommit_bind,
+    refuse_autocommit_psycopg,
     session_of,
 )
 
-# One JSON text for all rows: the same cached statement for one event and for a thousand, whatever the driver, and no
-# slower than arrays or multi-row VALUES. (100 events on psycopg: 16 µs each, arrays 28, VALUES 69, insertmanyvalues 53;
-# on asyncpg 17, 14, 13, 25: SQLAlchemy 2.1, PostgreSQL 18, 2 busy cores.) By way of text: users of asyncpg set codecs
-# for json.
-_INSERT = """INSERT INTO {schema}.outbox (id, type, topic, key, value, fingerprint, headers)
-SELECT id, type, topic, key, decode(value, 'hex'), fingerprint, headers
-FROM ROWS FROM (json_to_recordset(CAST(CAST(:events AS text) AS json)) AS
-    (id uuid, type text, topic text, key text, value text, fingerprint bigint, headers jsonb))
-    WITH ORDINALITY AS e (id, type, topic, key, value, fingerprint, headers, n)
-ORDER BY n"""
-
-# Sorted, so that two first writers of several schemas cannot wait for each other in a circle.
-_WITH_SCHEMAS = """WITH schemas AS (
-    INSERT INTO {schema}.avro_schema (fingerprint, subject, schema)
-    SELECT fingerprint, subject, schema
-    FROM json_to_recordset(CAST(CAST(:schemas AS text) AS json)) AS s (fingerprint bigint, subject text, schema text)
-    ORDER BY fingerprint
-    ON CONFLICT DO NOTHING
-)
-"""
-
-
-_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+if TYPE_CHECKING:
+    import psycopg
 
 
 class AsyncpgConnection(Protocol):
@@ -74,19 +53,17 @@ class AsyncpgConnection(Protocol):
     async def fetchval(self, query: str, *args: Any) -> Any: ...
 
 
-class _Statement(sa.TextClause):
-    """The INSERT as an executable that looks at its connection before it is sent."""
+class _Insert(sa.Executable, sa.ClauseElement):
+    """What `Outbox.insert` gives: executed like a statement of SQLAlchemy's, and written in the driver's own SQL."""
 
-    inherit_cache = True
-    schema = SCHEMA
-    backlog: Backlog | None = None
+    inherit_cache = False
 
-    def _execute_on_connection(self, connection: sa.Connection, *rest: Any) -> sa.CursorResult[Any]:
-        refuse_autocommit(connection)
-        with explained(self.schema):
-            if self.backlog is not None:
-                _read_backlog(connection, self.backlog)
-            return super()._execute_on_connection(connection, *rest)
+    def __init__(self, outbox: "Outbox", messages: Sequence[Message]) -> None:
+        self._outbox = outbox
+        self._messages = messages
+
+    def _execute_on_connection(self, connection: sa.Connection, *_: Any) -> sa.CursorResult[Any]:
+        return self._outbox._write(connection, self._messages)  # noqa: SLF001 - the other half of Outbox.insert
 
 
 class Outbox:
@@ -122,9 +99,7 @@ class Outbox:
         self.table = tables(schema).tables[f"{schema}.outbox"]
         """The table as SQLAlchemy knows it: for the `binds` of a session with several databases."""
         self._bind_clause = sa.insert(self.table)
-        self._insert = self._statement(_INSERT)
-        self._insert_with_schemas = self._statement(_WITH_SCHEMAS + _INSERT)
-        self._compiled: dict[tuple[str, _Statement], tuple[str, list[str] | None]] = {}
+        self._asyncpg, self._others = Inserts(schema, ASYNCPG), Inserts(schema, OTHERS)
         _LIVING.add(self)
         _hook_sessions()
 
@@ -151,8 +126,7 @@ class Outbox:
         `headers` as in `add`. Raises what `add` raises for an event. Executing it raises TransactionError on a
         connection in AUTOCOMMIT and MigrationError where the tables are missing.
         """
-        messages = self.encode(*events, headers=headers)
-        return self._insert_with_schemas.bindparams(**self._parameters(messages, self._fingerprints(messages)))
+        return _Insert(self, self.encode(*events, headers=headers))
 
     async def add_asyncpg(
         self, connection: AsyncpgConnection, *events: Event | TypedEvent, headers: Mapping[str, str] | None = None
@@ -169,38 +143,67 @@ class Outbox:
                 " other: call it inside `async with connection.transaction():`"
             )
         if messages:
-            if self._backlog is not None:
-                self._backlog.check()
-                if self._backlog.is_due:
-                    with explained(self.schema):
-                        self._backlog.take(await connection.fetchval(self._backlog.query))
-            parameters = self._parameters(messages, self._fingerprints(messages))
-            sql = self._insert_with_schemas.text.replace(":schemas", "$1").replace(":events", "$2")
             with explained(self.schema):
-                await connection.execute(sql, parameters["schemas"], parameters["events"])
+                if self._backlog and (query := self._backlog.due()):
+                    self._backlog.take(await connection.fetchval(query))
+                sql, parameters = self._asyncpg.events_with_schemas(messages, self._schemas(messages))
+                await connection.execute(sql, *parameters)
         return [message.id for message in messages]
 
-    def _statement(self, sql: str) -> _Statement:
-        statement = _Statement(sql.format(schema=quoted(self.schema)))
-        statement.schema = self.schema
-        statement.backlog = self._backlog
-        return statement
+    def add_psycopg(
+        self,
+        connection: "psycopg.Connection[Any]",
+        *events: Event | TypedEvent,
+        headers: Mapping[str, str] | None = None,
+    ) -> list[UUID]:
+        """Insert events through a bare connection of psycopg 3, in its transaction; their ids.
+
+        Begins the transaction where none is open, as any `execute` would. `headers` as in `add`. Raises what `add`
+        raises for an event, TransactionError in autocommit outside of `connection.transaction()`, MigrationError where
+        the tables are missing, BacklogFull.
+        """
+        from psycopg import Cursor  # here: a service with another driver has no psycopg
+
+        messages = self.encode(*events, headers=headers)
+        refuse_autocommit_psycopg(connection)
+        if messages:
+            cursor = Cursor(connection, row_factory=_first)
+            with explained(self.schema):
+                if self._backlog and (query := self._backlog.due()):
+                    self._backlog.take(cursor.execute(query).fetchall()[0])
+                cursor.execute(*self._others.events_with_schemas(messages, self._schemas(messages)))
+        return [message.id for message in messages]
+
+    async def add_psycopg_async(
+        self,
+        connection: "psycopg.AsyncConnection[Any]",
+        *events: Event | TypedEvent,
+        headers: Mapping[str, str] | None = None,
+    ) -> list[UUID]:
+        """`add_psycopg` for an AsyncConnection."""
+        from psycopg import AsyncCursor
+
+        messages = self.encode(*events, headers=headers)
+        refuse_autocommit_psycopg(connection)
+        if messages:
+            cursor = AsyncCursor(connection, row_factory=_first)
+            with explained(self.schema):
+                if self._backlog and (query := self._backlog.due()):
+                    self._backlog.take((await (await cursor.execute(query)).fetchall())[0])
+                await cursor.execute(*self._others.events_with_schemas(messages, self._schemas(messages)))
+        return [message.id for message in messages]
 
     def encode(self, *events: Event | TypedEvent, headers: Mapping[str, str] | None = None) -> list[Message]:
         """The rows of these events, checked, with the headers of the context. Raises what `add` raises for an event."""
         given, encode, limit = current(headers), self.catalogue.encode, self.max_bytes
         return [encode(event, max_bytes=limit, headers=given) for event in events]
 
-    def _fingerprints(self, messages: Sequence[Message]) -> set[int]:
-        return {message.fingerprint for message in messages if message.fingerprint is not None}
+    def _schemas(self, messages: Sequence[Message]) -> list[StoredSchema]:
+        return [self._schema(fingerprint) for fingerprint in _fingerprints(messages)]
 
-    def _parameters(self, messages: Sequence[Message], new: set[int]) -> dict[str, str]:
-        """Of the statement that takes schemas along."""
+    def _schema(self, fingerprint: int) -> StoredSchema:
         catalogue = self.catalogue
-        schemas = [
-            {"fingerprint": one, "subject": catalogue.subject(one), "schema": catalogue.schema_json(one)} for one in new
-        ]
-        return {"schemas": _json(schemas), "events": _json([_row(message) for message in messages])}
+        return StoredSchema(fingerprint, catalogue.subject(fingerprint), catalogue.schema_json(fingerprint))
 
     def _check(self, session: Session) -> None:
         """Once a transaction, at the first add(): what can be known without I/O."""
@@ -210,36 +213,27 @@ class Outbox:
 
     def _warn(self, session: Session, entries: "Sequence[_Entry]") -> None:
         """Ask the database, right before the INSERT: what was flushed until now has written and locked too."""
-        connection = session.connection(bind_arguments={"clause": self._bind_clause})
-        if connection.scalar(sa.text(HOLDS_NOTHING)):
-            warn_of((entry.message, entry.origin) for entry in entries)
+        if self._connection(session).scalar(sa.text(HOLDS_NOTHING)):
+            warn_of((message, entry.origin) for entry in entries for message in entry.messages)
 
-    def _write(self, session: Session, messages: Sequence[Message]) -> "_Learned | None":
-        """One INSERT of these messages; the fingerprints to be known once the transaction is committed."""
-        connection = session.connection(bind_arguments={"clause": self._bind_clause})
-        if self._backlog is not None:
-            with explained(self.schema):
-                _read_backlog(connection, self._backlog)
-        known = _known_in(connection.engine, self.schema)
-        new = self._fingerprints(messages) - known
-        if not new:
-            self._execute(connection, self._insert, {"events": _json([_row(message) for message in messages])})
-            return None
-        self._execute(connection, self._insert_with_schemas, self._parameters(messages, new))
-        # A session inside somebody's connection (tests do that) commits nothing by itself: nothing is known by it.
-        is_root = isinstance(bind_of(session, self._bind_clause), sa.Engine)
-        return _Learned(known, frozenset(new)) if is_root else None
+    def _connection(self, session: Session) -> sa.Connection:
+        return session.connection(bind_arguments={"clause": self._bind_clause})
 
-    def _execute(self, connection: sa.Connection, statement: _Statement, parameters: dict[str, str]) -> None:
-        """As `connection.execute`, in the driver's own SQL: 27 µs of CPU less, a quarter of what one event costs."""
+    def _write(self, connection: sa.Connection, messages: Sequence[Message]) -> sa.CursorResult[Any]:
+        """One INSERT of these messages, behind those of the schemas that may not be there yet.
+
+        In the driver's own SQL: 27 µs of CPU less than `connection.execute`, a quarter of what one event costs.
+        """
         refuse_autocommit(connection)
-        key = (connection.dialect.driver, statement)
-        if key not in self._compiled:
-            compiled = statement.compile(dialect=connection.dialect)
-            self._compiled[key] = (str(compiled), getattr(compiled, "positiontup", None))
-        sql, positions = self._compiled[key]
+        inserts = self._asyncpg if connection.dialect.driver == "asyncpg" else self._others
+        known = _known_in(connection.engine, self.schema)
         with explained(self.schema):
-            connection.exec_driver_sql(sql, tuple(parameters[name] for name in positions) if positions else parameters)
+            if self._backlog and (query := self._backlog.due()):
+                self._backlog.take(connection.execute(sa.text(query)).scalar_one())
+            for fingerprint in sorted(_fingerprints(messages) - known.committed):
+                found = connection.exec_driver_sql(*inserts.schemas(self._schema(fingerprint)))
+                known.learn(fingerprint, connection.get_transaction(), new=found.rowcount > 0)
+            return connection.exec_driver_sql(*inserts.events(messages))
 
 
 _LIVING: WeakSet[Outbox] = WeakSet()
@@ -250,26 +244,51 @@ def living() -> list[Outbox]:
     return list(_LIVING)
 
 
-def _row(message: Message) -> dict[str, Any]:
-    return {
-        "id": str(message.id),
-        "type": message.type,
-        "topic": message.topic,
-        "key": message.key,
-        "value": None if message.value is None else message.value.hex(),
-        "fingerprint": message.fingerprint,
-        "headers": message.headers,
-    }
+def _fingerprints(messages: Sequence[Message]) -> set[int]:
+    return {message.fingerprint for message in messages if message.fingerprint is not None}
+
+
+def _first(_: Any) -> Callable[[Sequence[Any]], Any]:
+    """A row factory of psycopg's."""
+    return itemgetter(0)
+
+
+# --- The schemas that a database has ---
+
+
+class _Known:
+    """The fingerprints that are in avro_schema for sure, of one database and SQL schema."""
+
+    def __init__(self) -> None:
+        self.committed: set[int] = set()
+        self._written: WeakKeyDictionary[sa.Transaction, set[int]] = WeakKeyDictionary()
+
+    def learn(self, fingerprint: int, transaction: sa.Transaction | None, *, new: bool) -> None:
+        """Of an INSERT in this root transaction. What it found there is committed, unless this transaction wrote it."""
+        written = self._written.setdefault(transaction, set()) if transaction else set()
+        if new:
+            written.add(fingerprint)
+        elif fingerprint not in written:
+            self.committed.add(fingerprint)
+
+
+_KNOWN: WeakKeyDictionary[sa.Engine, dict[str, _Known]] = WeakKeyDictionary()
+
+
+def _known_in(engine: sa.Engine, schema: str) -> _Known:
+    return _KNOWN.setdefault(engine, {}).setdefault(schema, _Known())
 
 
 # --- The ledger of a session: what was added and is not yet written ---
 
 
 class _Entry(NamedTuple):
+    """Of one add()."""
+
     outbox: Outbox
-    message: Message
+    messages: Sequence[Message]
     savepoints: tuple[SessionTransaction, ...]
-    """Those open at the add(): the event is gone when one of them is rolled back."""
+    """Those open at the add(): the events are gone when one of them is rolled back."""
     origin: Origin | None
     """Where the Outbox warns of keys that nothing was locked for."""
 
@@ -288,18 +307,12 @@ class Fate:
             self.committed, self.savepoints = committed, ()
 
 
-class _Learned(NamedTuple):
-    known: set[int]
-    fingerprints: frozenset[int]
-
-
 @dataclass(slots=True, eq=False)
 class _Ledger:
     """Of one root transaction. In Session.info, so that it lives and dies with the session."""
 
     entries: list[_Entry] = field(default_factory=list)
     checked: list[Outbox] = field(default_factory=list)
-    learned: list[_Learned] = field(default_factory=list)
     released: set[SessionTransaction] = field(default_factory=set)
     fates: list[Fate] = field(default_factory=list)
     """Of events whose recorder wants to know."""
@@ -310,13 +323,6 @@ class _Ledger:
 
 
 _LEDGER = "outbox.ledger"
-
-_KNOWN: WeakKeyDictionary[sa.Engine, dict[str, set[int]]] = WeakKeyDictionary()
-"""Per database and SQL schema: the fingerprints that a commit of this process put into avro_schema, or found there."""
-
-
-def _known_in(engine: sa.Engine, schema: str) -> set[int]:
-    return _KNOWN.setdefault(engine, {}).setdefault(schema, set())
 
 
 def _ledger_of(session: Session) -> _Ledger:
@@ -354,7 +360,8 @@ def put(
         ledger.checked.append(outbox)
     savepoints = _open_savepoints(session)
     before = len(ledger.entries)
-    ledger.entries += [_Entry(outbox, message, savepoints, where) for message in messages]
+    if messages:
+        ledger.entries.append(_Entry(outbox, messages, savepoints, where))
     if fate is not None:
         fate.savepoints = savepoints
         ledger.fates.append(fate)
@@ -365,13 +372,7 @@ def put(
 def unwritten(session: Session) -> list[Message]:
     """What was put into the session's transaction and waits for its INSERT, in order."""
     ledger: _Ledger | None = session.info.get(_LEDGER)
-    return [] if ledger is None else [entry.message for entry in ledger.entries]
-
-
-def _read_backlog(connection: sa.Connection, backlog: Backlog) -> None:
-    backlog.check()
-    if backlog.is_due:
-        backlog.take(connection.execute(sa.text(backlog.query)).scalar_one())
+    return [] if ledger is None else [message for entry in ledger.entries for message in entry.messages]
 
 
 def _write_entries(session: Session, ledger: _Ledger) -> None:
@@ -380,9 +381,8 @@ def _write_entries(session: Session, ledger: _Ledger) -> None:
         entries = list(group)
         if outbox.warn_unlocked:
             outbox._warn(session, entries)  # noqa: SLF001 - the ledger is the other half of Outbox
-        messages = [entry.message for entry in entries]
-        if learned := outbox._write(session, messages):  # noqa: SLF001 - the ledger is the other half of Outbox
-            ledger.learned.append(learned)
+        messages = [message for entry in entries for message in entry.messages]
+        outbox._write(outbox._connection(session), messages)  # noqa: SLF001 - the same
     ledger.entries.clear()
 
 
@@ -462,11 +462,10 @@ def _after_commit(session: Session) -> None:
         ledger.released.add(savepoint)
         return
     if ledger.entries:  # no way here is known; if there is one, it must not pass in silence
-        raise TransactionError(f"committed without {len(ledger.entries)} events: was Outbox made inside the commit?")
+        lost = sum(len(entry.messages) for entry in ledger.entries)
+        raise TransactionError(f"committed without {lost} events: was Outbox made inside the commit?")
     for fate in ledger.fates:
         fate.settle(committed=True)
-    for known, fingerprints in ledger.learned:
-        known |= fingerprints
 
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
+from typing import Any
 from uuid import UUID
 
 import pytest
 
 from examples.chip_quality.events import (
+    AlertLevel,
     Defect,
     InspectionEvent,
     InspectionEventType,
@@ -185,11 +187,31 @@ EFFECTS: Figures = {
     ("defect_counts", "scratch", "minor"): (6,),
     ("defect_counts", "void", "major"): (3,),
     ("yields", "b-1"): (2, 1),
+    ("assessments", "i-1"): (3, Decimal("0.1")),
+    ("assessments", "i-2"): (3, Decimal("0.2")),
+    ("assessments", "i-3"): (3, Decimal("0.7")),
 }
 
 
 def test_effects_are_the_sums_over_the_events() -> None:
     assert effects(ENTRIES) == EFFECTS
+
+
+def test_a_violation_is_counted_and_alerts_once_and_an_alert_alerts() -> None:
+    level = AlertLevel.CRITICAL
+    said: dict[str, Any] = {
+        "inspection_id": "i-1",
+        "batch_id": "b-1",
+        "quality_score": 9.0,
+        "pass_fail": False,
+        "alert_level": level,
+    }
+    events = [
+        QualityEvent(event_type=kind, metadata={"version": "1"}, **said)
+        for kind in (QualityEventType.THRESHOLD_VIOLATED, QualityEventType.ALERT_TRIGGERED)
+    ]
+    alerts: Figures = {("alerts", str(event.event_id)): (1,) for event in events}
+    assert effects(map(entry_of, events)) == {("violations", "b-1", "CRITICAL"): (1,), **alerts}
 
 
 def test_effects_do_not_depend_on_the_order_of_the_events() -> None:

@@ -1,15 +1,18 @@
 """`make demo`: the whole way on real servers, with faults, and a comparison of what is there with what must be there.
 
-Four writers work on one database (writers.py), two relays publish, analytics counts. Meanwhile:
+Four writers work on the inspection service's database (writers.py), and two relays publish its events. The quality
+service judges each completed inspection and says so through an outbox of its own; the notification service mails an
+alert for each violation; analytics counts all of it. Meanwhile:
 
     1  the relay that holds the lane is killed with -9 while rows are under way
     2  the relay that holds the lane is stopped (SIGSTOP) for longer than its lease, and wakes up as a zombie
     3  the relay that holds the lane is killed with -9 between Kafka's commit and its own delete of the rows
-    4  analytics is killed with -9 while its offsets in Kafka are behind its database
+    4  analytics, quality and notification are killed with -9 while their offsets in Kafka are behind their databases
 
 Then all is stopped in order, and what was committed (ledger.py) is compared with what an independent reader finds in
-Kafka and in analytics' tables (reader.py). Exit status 0: no event lost, doubled, out of order, altered or published
-without being committed, every effect taken exactly once, and each fault was one. Anything else is 1.
+Kafka, in the consumers' tables and at the mail server (reader.py). Exit status 0: no event lost, doubled, out of order,
+altered or published without being committed, every effect taken exactly once, and each fault was one. Anything else is
+1.
 """
 
 import shutil
@@ -17,25 +20,46 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
 
 from rich.console import Console
 from sqlalchemy import create_engine, make_url
+from sqlalchemy.orm import DeclarativeBase
 
-from examples.chip_quality import analytics, inspection, ledger, reader
+from examples.chip_quality import analytics, inspection, ledger, notification, quality, reader
+from examples.chip_quality.mailbox import mail_server
 from examples.chip_quality.screen import Check, Screen, print_table
 from examples.chip_quality.stage import Cast, Child, Lane, Watch
 from outbox.migrate import migrate
 from tests.servers import Kafka, Postgres, ServerError, running
 from tests.servers.process import make_folder, remove_folder
 
-TOPICS = [*analytics.TOPICS, "chip-quality.manufacturing.events"]
+INSPECTIONS, QUALITY = analytics.TOPICS
+TOPICS = [INSPECTIONS, QUALITY, "chip-quality.manufacturing.events"]
+
+TABLES: Mapping[str, Sequence[type[DeclarativeBase]]] = {
+    "inspection": (inspection.Base, ledger.Base),
+    "quality": (quality.Base, ledger.Base),
+    "analytics": (analytics.Base,),
+    "notification": (notification.Base,),
+}
+"""The databases, and whose tables each has."""
+
+EFFECTS: Mapping[str, Sequence[str]] = {
+    "quality": ("assessments",),
+    "analytics": ("completed", "defect_counts", "yields", "violations"),
+    "notification": ("alerts",),
+}
+"""The consumers' databases, and their tables that are compared."""
+
 PARTITIONS = 3
 WRITERS = 4
 
@@ -80,7 +104,8 @@ class Play:
         self._fault("the lane's owner killed -9: rows under way", self._kill_owner)
         self._fault("the lane's owner asleep past its lease: rows under way", self._stop_owner)
         self._fault("the lane's owner killed -9 after Kafka's commit: batches", self._kill_between)
-        self._fault("analytics killed -9: events that came again", self._kill_analytics)
+        for consumer in (self.cast.analytics, self.cast.quality, self.cast.notification):
+            self._fault(f"{consumer.name} killed -9: events that came again", partial(self._kill_consumer, consumer))
         self._until(lambda: time.monotonic() - begun > WRITE_SECONDS, WRITE_SECONDS + 1, "time passes")
         self._finish()
 
@@ -145,16 +170,18 @@ class Play:
         )
         return int(found - after.batch) if status == -signal.SIGKILL else 0
 
-    def _kill_analytics(self) -> int:
-        consumer = self.cast.analytics
-        before = self.watch.counted()
-        self._until(lambda: self.watch.counted() > before, 10, "analytics counts", pause=0.002)
+    def _kill_consumer(self, consumer: Child) -> int:
+        before = self.watch.counted(consumer.name)
+        self._until(lambda: self.watch.counted(consumer.name) > before, 10, f"{consumer.name} is at work", pause=0.002)
         consumer.kill()
-        counted = self.watch.counted()
+        counted = self.watch.counted(consumer.name)
         consumer.start()
-        self._until(lambda: self.watch.counted() > counted + 50, 15, "analytics goes on")
-        again = _came_again(consumer.events())
-        self.screen.say(f"analytics killed -9 after {counted:,} events, started again; {again} events came to it again")
+        self._until(lambda: self.watch.counted(consumer.name) > counted + 50, 15, f"{consumer.name} goes on")
+        far = self._until(lambda: _far(consumer), 15, f"{consumer.name} says how far it is")
+        again = int(far["duplicates"])
+        self.screen.say(
+            f"{consumer.name} killed -9 after {counted:,} events, started again; {again} events came to it again"
+        )
         return again
 
     def _owner_at_work(self) -> tuple[Child, Lane, set[int]]:
@@ -186,15 +213,23 @@ class Play:
         """Stops the writers, lets everything be published and counted, stops the rest. What is late is found lost."""
         _stop(self.cast.writers)
         self.screen.say("the writers have stopped")
-        expected = self.watch.committed(analytics.TOPICS)
+        inspected = self.watch.committed([INSPECTIONS])
         try:
-            self._until(lambda: self.watch.waiting() == 0, 10, "the outbox is empty")
-            self._until(lambda: self.watch.counted() >= expected, 10, f"analytics has counted {expected:,} events")
+            self._until(
+                lambda: self.watch.counted("quality") >= inspected, 10, f"quality has seen {inspected:,} events"
+            )
+            self._until(lambda: self.watch.waiting() == 0, 10, "the outboxes are empty")
+            judged = self.watch.committed([QUALITY])
+            every = inspected + judged
+            self._until(lambda: self.watch.counted() >= every, 10, f"analytics has counted {every:,} events")
+            self._until(lambda: self.watch.counted("notification") >= judged, 10, f"notification has seen {judged:,}")
+            self._until(lambda: self.watch.due() == 0, 10, "the alerts are mailed")
         except Late as late:
             self.screen.say(str(late))
-        _stop([*self.cast.relays, self.cast.analytics])
+        others = [child for child in self.cast.all if child not in self.cast.writers]
+        _stop(others)
         self.screen.show(self.watch.figures(self.cast))
-        self.screen.say("the relays and analytics have stopped")
+        self.screen.say("the relays and the consumers have stopped")
 
     def _until(self, condition: Callable[[], T | None], seconds: float, what: str, pause: float = 0.02) -> T:
         """What `condition` gives once it is something; raises Late after `seconds`, Failed when a process has ended."""
@@ -232,8 +267,9 @@ def _said(relay: Child, event: str, since: int | None = None) -> list[dict[str, 
     return [line for line in relay.events(since) if line.get("event") == event]
 
 
-def _came_again(events: Iterable[dict[str, Any]]) -> int:
-    return sum(int(event["received"] - event["new"]) for event in events if "received" in event)
+def _far(consumer: Child) -> dict[str, Any] | None:
+    """Its last word, once it is at what it has not seen before: what came again came first."""
+    return next((line for line in reversed(_said(consumer, "progress")) if line["new"] >= 50), None)
 
 
 # ---- before and after the play ---------------------------------------------------------------------------------------
@@ -241,33 +277,35 @@ def _came_again(events: Iterable[dict[str, Any]]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the play is given: the databases, Kafka, a folder for the logs."""
+    """Where the play is given: the databases by name, Kafka, the mail server, a folder for the logs."""
 
-    service_url: str
-    analytics_url: str
+    urls: Mapping[str, str]
     bootstrap: str
+    mail: str
     folder: Path
 
 
-def prepare(postgres: Postgres, kafka: Kafka, folder: Path) -> Place:
+def prepare(postgres: Postgres, kafka: Kafka, mail: str, folder: Path) -> Place:
     """Databases, tables and topics."""
-    service_url, analytics_url = postgres.create_database("chip_quality"), postgres.create_database("analytics")
-    migrate(service_url)
-    migrate(analytics_url)
-    engine = create_engine(make_url(service_url).set(drivername="postgresql+psycopg"))
-    for base in (inspection.Base, ledger.Base):
-        base.metadata.create_all(engine)
-    engine.dispose()
+    urls = {name: postgres.create_database(name) for name in TABLES}
+    for name, url in urls.items():
+        migrate(url)
+        engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"))
+        for base in TABLES[name]:
+            base.metadata.create_all(engine)
+        engine.dispose()
     for topic in TOPICS:
         kafka.create_topic(topic, PARTITIONS)
-    return Place(service_url, analytics_url, kafka.bootstrap, folder)
+    return Place(urls, kafka.bootstrap, mail, folder)
 
 
 def engage(place: Place) -> Cast:
     """The processes, not started yet."""
-    service = {"OUTBOX_DATABASE_URL": place.service_url}
-    relay = {**service, "OUTBOX_KAFKA_BOOTSTRAP_SERVERS": place.bootstrap, "OUTBOX_LEASE": str(LEASE_SECONDS)}
-    consumer = {"ANALYTICS_DATABASE_URL": place.analytics_url, "KAFKA_BOOTSTRAP_SERVERS": place.bootstrap}
+    relay = {"OUTBOX_KAFKA_BOOTSTRAP_SERVERS": place.bootstrap, "OUTBOX_LEASE": str(LEASE_SECONDS)}
+    kafka = {"KAFKA_BOOTSTRAP_SERVERS": place.bootstrap}
+    service, quality = ({"OUTBOX_DATABASE_URL": place.urls[name]} for name in ("inspection", "quality"))
+    counting = {**kafka, "ANALYTICS_DATABASE_URL": place.urls["analytics"]}
+    mailing = {**kafka, "NOTIFICATION_DATABASE_URL": place.urls["notification"], "SMTP_SERVER": place.mail}
 
     def child(name: str, module: str, environment: dict[str, str], *arguments: str | Path) -> Child:
         return Child(name, module, *arguments, folder=place.folder, environment=environment)
@@ -280,28 +318,41 @@ def engage(place: Place) -> Cast:
 
     return Cast(
         writers=[writer(number) for number in range(1, WRITERS + 1)],
-        relays=[child(f"relay-{letter}", "relay", relay, "run") for letter in "ab"],
-        analytics=child("analytics", "examples.chip_quality.analytics", consumer),
+        relays=[child(f"relay-{letter}", "relay", {**relay, **service}, "run") for letter in "ab"],
+        quality=child("quality", "examples.chip_quality.kept_quality", {**kafka, **quality}),
+        quality_relay=child("relay-quality", "relay", {**relay, **quality}, "run"),
+        analytics=child("analytics", "examples.chip_quality.analytics", counting),
+        notification=child("notification", "examples.chip_quality.notification", mailing),
     )
 
 
-def verdict(place: Place, cast: Cast, seconds: float) -> tuple[list[Check], list[str]]:
-    """The lines of the table but for the faults, and a few examples of whatever is wrong."""
-    entries, rolled_back = reader.read_entries(place.service_url), reader.read_rolled_back(place.folder)
+def verdict(place: Place, cast: Cast, mails: Counter[str], seconds: float) -> tuple[list[Check], list[str]]:
+    """The lines of the table but for the faults, and a few examples of whatever is wrong. `mails`: by their key."""
+    entries = [entry for name in ("inspection", "quality") for entry in reader.read_entries(place.urls[name])]
+    rolled_back = reader.read_rolled_back(place.folder)
     records = reader.read_topics(place.bootstrap, TOPICS)
     aborted = reader.count_aborted(place.bootstrap, TOPICS, len(records))
-    expected, found = ledger.effects(entries), reader.read_effects(place.analytics_url)
+    expected = ledger.effects(entries)
+    found = {row: value for name, tables in EFFECTS.items() for row, value in _effects(place, name, tables).items()}
     findings = ledger.compare(entries, records, rolled_back)
     findings.effects = ledger.compare_effects(expected, found)
     unclean = [child for child in cast.all if child.status != 0]
+    dead = sum(reader.count_dead(place.urls[name]) for name in EFFECTS)
+    alerts, unsure = {row[1] for row in expected if row[0] == "alerts"}, reader.count_unsure(place.urls["notification"])
+    missing = len(alerts - mails.keys())
+    wrong_mails = len(mails.keys() - alerts) + sum(times - 1 for times in mails.values()) + max(0, missing - unsure)
     checks = [
         Check("events committed (the ledger)", f"{len(entries):,}", len(entries) > 0),
         Check("events rolled back", f"{len(rolled_back):,}", len(rolled_back) > 0),
         Check("events in Kafka (read_committed, from the start)", f"{len(records):,}", len(records) == len(entries)),
         Check("records of aborted transactions, which no reader sees", f"{aborted:,}"),
         *(Check(what, f"{len(ids):,}", not ids) for what, ids in _kinds(findings)),
-        Check("rows in the tables of analytics", f"{len(found):,}", len(found) > 0),
+        Check("rows in the tables of the three consumers", f"{len(found):,}", len(found) > 0),
         Check("of which wrong", f"{len(findings.effects):,}", not findings.effects),
+        Check("messages that no handler could take", f"{dead:,}", dead == 0),
+        Check("alerts mailed", f"{len(mails):,}", len(mails) > 0),
+        Check("mailed twice, for nothing, or not at all", f"{wrong_mails:,}", wrong_mails == 0),
+        Check("alerts whose sender was killed while it sent", f"{unsure:,}"),
         Check("processes that did not stop cleanly", str(len(unclean)), not unclean),
         Check("seconds", f"{seconds:.1f}"),
     ]
@@ -309,6 +360,10 @@ def verdict(place: Place, cast: Cast, seconds: float) -> tuple[list[Check], list
     details += [f"wrong effect: {line}" for line in findings.effects[:5]]
     details += [f"{child.name} ended with status {child.status}" for child in unclean]
     return checks, details
+
+
+def _effects(place: Place, name: str, tables: Sequence[str]) -> ledger.Figures:
+    return reader.read_effects(place.urls[name], *tables)
 
 
 def _kinds(findings: ledger.Findings) -> list[tuple[str, list[UUID]]]:
@@ -329,16 +384,17 @@ def play(console: Console, stack: ExitStack, folder: Path) -> bool:
     stack.enter_context(running(postgres, kafka))
     console.print(f"… ready after {time.monotonic() - begun:.1f} s")
     screen = stack.enter_context(Screen(console))
-    place = prepare(postgres, kafka, folder)
+    mails = stack.enter_context(mail_server())
+    place = prepare(postgres, kafka, mails.address, folder)
     cast = engage(place)
-    watch = Watch(place.service_url, place.analytics_url)
+    watch = Watch(place.urls)
     stack.callback(watch.close)
     for child in cast.all:
         stack.callback(child.kill)
         child.start()
     acts = Play(cast, watch, screen)
     acts.run()
-    checks, details = verdict(place, cast, screen.seconds)
+    checks, details = verdict(place, cast, mails.received, screen.seconds)
     screen.close()
     checks[-1:-1] = acts.faults
     print_table(console, checks, details)

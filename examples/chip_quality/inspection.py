@@ -11,32 +11,24 @@ changes (docs/design.md, The safe floor).
 """
 
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Protocol, TypedDict, TypeVar
 from uuid import UUID
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from pydantic import BaseModel, Field
-from sqlalchemy import ForeignKey, Identity, Select, make_url, select
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy import ForeignKey, Identity, Select, select
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from examples.chip_quality import events
-from examples.chip_quality.events import AlertLevel, InspectionEvent, ManufacturingEvent, QualityEvent
+from examples.chip_quality.events import InspectionEvent, ManufacturingEvent
+from examples.chip_quality.process import SCHEMAS, engine_for
 from outbox.catalogue import Catalogue, TypedEvent
 from outbox.message import uuid7
 from outbox.writer import Outbox
-
-SCHEMAS = Path(__file__).parents[2] / "schemas"
-
-THRESHOLD = 80.0
-"""Quality scores go from 0 to 100; a chip passes from here on."""
-
-ALARMING = 60.0
-"""Below this score the alert is CRITICAL, not WARNING."""
 
 
 class Conflict(Exception):  # noqa: N818 -- named for what happened
@@ -185,13 +177,11 @@ class InspectionService:
         return inspection
 
     async def assess(self, session: AsyncSession, inspection_id: str) -> Inspection:
-        """The score of a completed inspection is held against the threshold: three to five events, on two topics."""
+        """The score of a completed inspection was looked at. What it means is for the quality service to say."""
         inspection = await _inspection_in(session, inspection_id, Status.COMPLETED)
         inspection.status = Status.ASSESSED
         score = _score(inspection)
         self._outbox.add(session, InspectionEvent.quality_assessed(**_chip(inspection), quality_score=score))
-        for event in _verdict(inspection, score):
-            self._outbox.add(session, event)
         return inspection
 
 
@@ -243,38 +233,6 @@ def _chip(inspection: Inspection) -> _Chip:
     }
 
 
-class _Judged(TypedDict):
-    inspection_id: str
-    batch_id: str
-    quality_score: float
-    threshold: float
-    defect_count: int
-    metadata: dict[str, str]
-
-
-def _judged(inspection: Inspection, score: float) -> _Judged:
-    return {
-        "inspection_id": inspection.id,
-        "batch_id": inspection.batch_id,
-        "quality_score": score,
-        "threshold": THRESHOLD,
-        "defect_count": inspection.defect_count,
-        "metadata": _next_version(inspection),
-    }
-
-
-def _verdict(inspection: Inspection, score: float) -> Iterator[QualityEvent]:
-    passed = score >= THRESHOLD
-    yield QualityEvent.quality_assessed(**_judged(inspection, score), pass_fail=passed)
-    if passed:
-        yield QualityEvent.quality_approved(**_judged(inspection, score))
-        return
-    level = AlertLevel.CRITICAL if score < ALARMING else AlertLevel.WARNING
-    yield QualityEvent.threshold_violated(**_judged(inspection, score), pass_fail=False, alert_level=level)
-    yield QualityEvent.alert_triggered(**_judged(inspection, score), pass_fail=False, alert_level=level)
-    yield QualityEvent.quality_rejected(**_judged(inspection, score))
-
-
 class _Batch(TypedDict):
     batch_id: str
     part_number: str
@@ -308,17 +266,12 @@ def _score(inspection: Inspection) -> float:
 # ---- HTTP ------------------------------------------------------------------------------------------------------------
 
 
-def engine_for(url: str) -> AsyncEngine:
-    """An engine over asyncpg for a `postgresql://` URL."""
-    return create_async_engine(make_url(url).set(drivername="postgresql+asyncpg"))
-
-
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     engine = engine_for(os.environ["OUTBOX_DATABASE_URL"])
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)  # an example's shortcut; a service has migrations
-    app.state.service = InspectionService(Outbox(Catalogue.from_folder(SCHEMAS)))
+    app.state.service = InspectionService(Outbox(Catalogue.from_folder(SCHEMAS, events=events)))
     app.state.sessions = async_sessionmaker(engine, expire_on_commit=False)
     yield
     await engine.dispose()

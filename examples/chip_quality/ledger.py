@@ -4,7 +4,7 @@ The account is kept by the database: whoever adds an event writes an Entry in th
 are exactly the events that were committed. Nothing here is code of the outbox, the relay or the consumer.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -52,7 +52,7 @@ def entry_of(event: TypedEvent) -> Entry:
             }
         case QualityEvent():
             topic, key = "chip-quality.quality.events", event.inspection_id
-            facts = {"batch_id": event.batch_id, "passed": event.pass_fail}
+            facts = {"batch_id": event.batch_id, "passed": event.pass_fail, "level": event.alert_level}
         case ManufacturingEvent():
             topic, key, facts = "chip-quality.manufacturing.events", event.batch_id, {}
         case _:
@@ -117,7 +117,7 @@ class Findings:
     altered: list[UUID] = field(default_factory=list)
     """Another topic, key, type or id in the bytes than was written."""
     effects: list[str] = field(default_factory=list)
-    """Figures of the consumer that are not what the committed events add up to."""
+    """Figures of the consumers that are not what the committed events add up to."""
 
     def __bool__(self) -> bool:
         return any((self.lost, self.doubled, self.out_of_order, self.never_committed, self.altered, self.effects))
@@ -167,30 +167,39 @@ def _out_of_order(known: Iterable[tuple[Record, Entry]]) -> list[UUID]:
 # ---- effects against the ledger --------------------------------------------------------------------------------------
 
 Figures = Mapping[tuple[str, ...], tuple[int | Decimal, ...]]
-"""Rows of the consumer's tables: (table, primary key …) → figures."""
+"""Rows of the consumers' tables: (table, primary key …) → figures."""
 
 
 def effects(entries: Iterable[Entry]) -> Figures:
-    """What analytics must have in its tables once it has taken effect of each of these events exactly once."""
-    sums: dict[tuple[str, ...], list[int | Decimal]] = defaultdict(lambda: [0, 0])
+    """What the consumers must have in their tables once each of these events has had its effect exactly once."""
+    sums: dict[tuple[str, ...], tuple[int | Decimal, ...]] = {}
     for entry in entries:
         for row, added in _effect(entry):
-            sums[row] = [one + more for one, more in zip(sums[row], added, strict=True)]
-    return {row: tuple(figures[:1] if row[0] == "defect_counts" else figures) for row, figures in sums.items()}
+            before = sums.get(row, (0,) * len(added))
+            sums[row] = tuple(one + more for one, more in zip(before, added, strict=True))
+    return sums
 
 
-def _effect(entry: Entry) -> Iterable[tuple[tuple[str, ...], tuple[int | Decimal, int | Decimal]]]:
+def _effect(entry: Entry) -> Iterable[tuple[tuple[str, ...], tuple[int | Decimal, ...]]]:
     facts = entry.facts
     match entry.type.rpartition(".")[2]:
         case "INSPECTION_COMPLETED":
-            yield ("completed", facts["inspection_type"]), (1, Decimal(str(facts["score"])))
+            score = Decimal(str(facts["score"]))
+            yield ("completed", facts["inspection_type"]), (1, score)
+            yield ("assessments", entry.key), (0, score)
         case "DEFECT_DETECTED":
             for defect_type, severity in facts["defects"]:
-                yield ("defect_counts", defect_type, severity), (1, 0)
+                yield ("defect_counts", defect_type, severity), (1,)
+            yield ("assessments", entry.key), (len(facts["defects"]), Decimal(0))
         case "QUALITY_APPROVED":
             yield ("yields", facts["batch_id"]), (1, 0)
         case "QUALITY_REJECTED":
             yield ("yields", facts["batch_id"]), (0, 1)
+        case "THRESHOLD_VIOLATED":
+            yield ("violations", facts["batch_id"], facts["level"]), (1,)
+            yield ("alerts", str(entry.event_id)), (1,)
+        case "ALERT_TRIGGERED":
+            yield ("alerts", str(entry.event_id)), (1,)
 
 
 def compare_effects(expected: Figures, found: Figures) -> list[str]:

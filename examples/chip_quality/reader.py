@@ -10,9 +10,8 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from sqlalchemy import create_engine, make_url, select
 from sqlalchemy.orm import Session
 
-from examples.chip_quality import events
-from examples.chip_quality.inspection import SCHEMAS
 from examples.chip_quality.ledger import Entry, Figures, Record
+from examples.chip_quality.process import catalogue
 from outbox.catalogue import Catalogue
 
 
@@ -34,26 +33,45 @@ def read_rolled_back(folder: Path) -> set[UUID]:
     return {UUID(line) for file in folder.glob("rolled-back-*") for line in file.read_text().split()}
 
 
-def read_effects(database_url: str) -> Figures:
-    """The rows of analytics' tables."""
-    queries = {
-        "completed": "SELECT inspection_type, inspections, score_sum FROM completed",
-        "defect_counts": "SELECT defect_type, severity, found FROM defect_counts",
-        "yields": "SELECT batch_id, passed, failed FROM yields",
-    }
-    keys = {"completed": 1, "defect_counts": 2, "yields": 1}
+_EFFECTS = {
+    "completed": (1, "SELECT inspection_type, inspections, score_sum FROM completed"),
+    "defect_counts": (2, "SELECT defect_type, severity, found FROM defect_counts"),
+    "yields": (1, "SELECT batch_id, passed, failed FROM yields"),
+    "violations": (2, "SELECT batch_id, level, found FROM violations"),
+    "assessments": (1, "SELECT inspection_id, defects, coalesce(score, 0)::numeric FROM assessments"),
+    "alerts": (1, "SELECT event_id::text, 1 FROM alerts"),
+}
+"""By table: how many columns are the key, and the query."""
+
+
+def read_effects(database_url: str, *tables: str) -> Figures:
+    """The rows of a consumer's tables."""
     with psycopg.connect(database_url) as connection:
         return {
-            (table, *row[: keys[table]]): tuple(row[keys[table] :])
-            for table, query in queries.items()
-            for row in connection.execute(query).fetchall()
+            (table, *row[: _EFFECTS[table][0]]): tuple(row[_EFFECTS[table][0] :])
+            for table in tables
+            for row in connection.execute(_EFFECTS[table][1]).fetchall()
         }
+
+
+def count_unsure(database_url: str) -> int:
+    """Alerts of which it is not known whether their mail went out: their sender was killed on the way."""
+    with psycopg.connect(database_url) as connection:
+        return int(
+            connection.execute("SELECT count(*) FROM alerts WHERE state IN ('SENDING', 'UNSURE')").fetchall()[0][0]
+        )
+
+
+def count_dead(database_url: str) -> int:
+    """Messages that a consumer could not handle."""
+    with psycopg.connect(database_url) as connection:
+        return int(connection.execute("SELECT count(*) FROM outbox.dead_message").fetchall()[0][0])
 
 
 def read_topics(bootstrap: str, topics: Sequence[str]) -> list[Record]:
     """Every committed record of the topics, each partition in its order, with the event in it decoded."""
-    catalogue = Catalogue.from_folder(SCHEMAS, events=events)
-    return [_record(message, catalogue) for message in _messages(bootstrap, topics, "read_committed")]
+    known = catalogue()
+    return [_record(message, known) for message in _messages(bootstrap, topics, "read_committed")]
 
 
 def count_aborted(bootstrap: str, topics: Sequence[str], committed: int) -> int:
@@ -61,9 +79,9 @@ def count_aborted(bootstrap: str, topics: Sequence[str], committed: int) -> int:
     return sum(1 for _ in _messages(bootstrap, topics, "read_uncommitted")) - committed
 
 
-def _record(message: Message, catalogue: Catalogue) -> Record:
+def _record(message: Message, known: Catalogue) -> Record:
     headers = dict(message.headers() or [])
-    event = catalogue.decode(message.value() or b"")
+    event = known.decode(message.value() or b"")
     return Record(
         event_id=UUID(_text(headers["ce_id"])),
         value_id=getattr(event, "event_id", None),

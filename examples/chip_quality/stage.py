@@ -81,11 +81,15 @@ class Cast:
 
     writers: Sequence[Child]
     relays: Sequence[Child]
+    """Those of the inspection service, which take turns at its one lane."""
+    quality: Child
+    quality_relay: Child
     analytics: Child
+    notification: Child
 
     @property
     def all(self) -> list[Child]:
-        return [*self.writers, *self.relays, self.analytics]
+        return [*self.writers, *self.relays, self.quality, self.quality_relay, self.analytics, self.notification]
 
     def relay_with(self, pid: int | None) -> Child | None:
         """The running relay of this process id."""
@@ -102,16 +106,16 @@ class Lane:
 
 
 class Watch:
-    """Reads the databases of the service and of analytics."""
+    """Reads the databases of the services and the consumers, by name."""
 
-    def __init__(self, service_url: str, analytics_url: str) -> None:
-        self._service = psycopg.connect(service_url, autocommit=True)
-        self._analytics = psycopg.connect(analytics_url, autocommit=True)
+    def __init__(self, urls: Mapping[str, str]) -> None:
+        self._databases = {name: psycopg.connect(url, autocommit=True) for name, url in urls.items()}
+        self._service = self._databases["inspection"]
 
     def close(self) -> None:
-        """Ends both connections."""
-        self._service.close()
-        self._analytics.close()
+        """Ends the connections."""
+        for database in self._databases.values():
+            database.close()
 
     def lane(self) -> Lane:
         """Who holds the lane, and how far it is."""
@@ -126,17 +130,24 @@ class Watch:
         return {row[0] for row in rows}
 
     def committed(self, topics: Sequence[str] | None = None) -> int:
-        """Events in the ledger (of these topics only)."""
+        """Events in the two services' ledgers (of these topics only)."""
         query = "SELECT count(*) FROM ledger WHERE %(topics)s::text[] IS NULL OR topic = ANY(%(topics)s)"
-        return int(self._service.execute(query, {"topics": topics}).fetchall()[0][0])
+        return sum(self._number(name, query, {"topics": topics}) for name in ("inspection", "quality"))
 
     def waiting(self) -> int:
-        """Rows in the outbox."""
-        return int(self._service.execute("SELECT count(*) FROM outbox.outbox").fetchall()[0][0])
+        """Rows in the two services' outboxes."""
+        return sum(self._number(name, "SELECT count(*) FROM outbox.outbox") for name in ("inspection", "quality"))
 
-    def counted(self) -> int:
-        """Events that analytics has taken effect of."""
-        return int(self._analytics.execute("SELECT count(*) FROM outbox.inbox").fetchall()[0][0])
+    def counted(self, consumer: str = "analytics") -> int:
+        """Events that a consumer has claimed."""
+        return self._number(consumer, "SELECT count(*) FROM outbox.inbox")
+
+    def due(self) -> int:
+        """Alerts whose mail is to be sent."""
+        return self._number("notification", "SELECT count(*) FROM alerts WHERE state = 'DUE'")
+
+    def _number(self, database: str, query: str, values: Mapping[str, Any] | None = None) -> int:
+        return int(self._databases[database].execute(query, values).fetchall()[0][0])
 
     def figures(self, cast: Cast) -> Figures:
         """All of it at once, for the screen."""

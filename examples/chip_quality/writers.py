@@ -24,16 +24,14 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from examples.chip_quality import events
 from examples.chip_quality.events import InspectionEvent
 from examples.chip_quality.inspection import (
-    SCHEMAS,
     Batch,
     Conflict,
     Inspection,
     InspectionService,
     Status,
-    engine_for,
 )
 from examples.chip_quality.ledger import KeptOutbox, entry_of
-from outbox.catalogue import Catalogue
+from examples.chip_quality.process import catalogue, engine_for
 from outbox.writer import Outbox
 
 TYPES = ("visual", "x-ray", "electrical", "thermal")
@@ -58,7 +56,7 @@ class Writer:
         self._random = random.Random(seed)
         self._engine = engine_for(url)
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
-        self._outbox = Outbox(Catalogue.from_folder(SCHEMAS))
+        self._outbox = Outbox(catalogue())
         self._kept = KeptOutbox(self._outbox)
         self._service = InspectionService(self._kept)
         self._rolled_back = rolled_back

@@ -46,6 +46,10 @@ def _latency(load: int, name: str) -> Callable[[Result], Any]:
     return lambda result: result["loads"][load]["relay"][name]
 
 
+def _by_asyncpg(result: Result) -> Any:
+    return result["ways"]["asyncpg"]["us_per_event_of_100"]
+
+
 GOALS = (
     Goal("relay", "relay: events a second", lambda one: one["events_per_s"], at_least=120_000),
     Goal("relay", "relay: times the naive one", lambda one: one["ratio_to_naive"], at_least=1.7),
@@ -58,6 +62,7 @@ GOALS = (
     Goal("held-snapshot", "held snapshot: last round to first", lambda one: one["last_to_first"], at_least=0.8),
     Goal("write", "write: one event adds, at most", lambda one: one["added_percent"], at_most=30, unit=" %"),
     Goal("write", "write: each of 100 events, at most", lambda one: one["us_per_event_of_100"], at_most=25, unit=" µs"),
+    Goal("write", "write: each of 100 by asyncpg", _by_asyncpg, at_most=12, unit=" µs"),
     Goal("inbox", "inbox: events a second, at least", lambda one: one["events_per_s"], at_least=50_000),
     Goal("idle", "idle: a relay", lambda one: one["percent_of_a_core"]["relay"], at_most=1, unit=" % of a core"),
 )
@@ -156,20 +161,27 @@ def _held(result: Result) -> str:
 
 
 def _write(result: Result) -> str:
-    figures = ("without_ms", "with_one_ms", "added_percent", "added_us", "with_100_ms", "us_per_event_of_100")
-    rows = [[f"`{way}`", *(str(one[figure]) for figure in figures)] for way, one in result["ways"].items()]
-    head = (
-        "a transaction by",
-        "without, ms",
-        "with an event, ms",
-        "added %",
-        "added µs",
-        "with 100, ms",
-        "µs an event of 100",
+    columns = {
+        "without, ms": "without_ms",
+        "with an event, ms": "with_one_ms",
+        "added %": "added_percent",
+        "added µs": "added_us",
+        "with 100, ms": "with_100_ms",
+        "µs an event of 100": "us_per_event_of_100",
+        "events/s": "events_per_s",
+    }
+    ways = [[f"`{way}`", *(f"{one[name]:,}" for name in columns.values())] for way, one in result["ways"].items()]
+    steps = [
+        [f"{one['step']}, {one['events']} at once", str(one["us"]), one["bound"], str(one["bound_us"])]
+        for one in result["steps"]
+    ]
+    medians = f"Medians of {result['transactions']} transactions of each kind:\n\n"
+    return (
+        medians
+        + table(("a transaction by", *columns), ways)
+        + "\nWhere the time of a write goes, each step alone:\n\n"
+        + table(("step", "µs an event", "beside", "µs"), steps)
     )
-    profile = ", ".join(f"{step} {one:g}" for step, one in result["cpu_us_per_event"].items())
-    medians = f"Medians of {result['transactions']} transactions of each kind:\n\n" + table(head, rows)
-    return f"{medians}\nThe caller's CPU for one event of a hundred, µs: {profile}.\n"
 
 
 def _inbox(result: Result) -> str:

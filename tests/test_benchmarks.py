@@ -149,6 +149,32 @@ def test_the_report_names_every_goal_and_what_was_missed() -> None:
     assert "200,000 100,000" in text
 
 
+def test_the_report_shows_each_way_to_write_and_where_its_time_goes() -> None:
+    way = {
+        "without_ms": 1.0,
+        "with_one_ms": 1.5,
+        "added_percent": 50.0,
+        "added_us": 500.0,
+        "with_100_ms": 4.0,
+        "us_per_event_of_100": 30.0,
+        "events_per_s": 25_000,
+    }
+    step = {"step": "INSERT", "events": 100, "us": 9.5, "bound": "a round trip", "bound_us": 1.5}
+    write = {
+        **RESULTS[0],
+        "bench": "write",
+        "transactions": 400,
+        "added_percent": 50.0,
+        "us_per_event_of_100": 30.0,
+        "ways": {"asyncpg": way},
+        "steps": [step],
+    }
+    text = report({"write": write})
+    assert "| write: each of 100 by asyncpg | 30.0 µs | ≤ 12 µs | missed |" in text
+    assert "| `asyncpg` | 1.0 | 1.5 | 50.0 | 500.0 | 4.0 | 30.0 | 25,000 |" in text
+    assert "| INSERT, 100 at once | 9.5 | a round trip | 1.5 |" in text
+
+
 def test_the_report_reads_a_file_of_lines(tmp_path: Path) -> None:
     lines = tmp_path / "results.jsonl"
     lines.write_text("\n".join(json.dumps(result) for result in RESULTS))

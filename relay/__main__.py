@@ -1,5 +1,5 @@
-"""The command `relay`. Exit codes: 0 stopped or done as asked, 2 the settings or the outbox's tables are wrong, 128 + n
-left at once. Those of `resolve` stand in its help."""
+"""The command `relay`. Exit codes of `run`: 0 stopped as asked, 2 the settings or the outbox's tables are wrong,
+128 + n left at once. Those of the other commands stand in their help."""
 
 import asyncio
 import gc
@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import structlog
 
+from relay.commands import check_command, config_command, dead_group, status_command, trace_command
 from relay.config import RelayConfig, load
 from relay.errors import ConfigError, LaneTrouble
 from relay.failpoint import VARIABLE, Failpoint
@@ -36,6 +37,10 @@ of the relay's CPU under a backlog. A batch makes no cycles; reference counts fr
 @click.version_option(package_name="kafka-outbox")
 def main() -> None:
     """Publish the events of an outbox to Kafka: exactly once, in the order of each key."""
+
+
+for command in (check_command, status_command, dead_group, trace_command, config_command):
+    main.add_command(command)
 
 
 @main.command()
@@ -78,6 +83,10 @@ def resolve(
     Reads back from Kafka which of the events that wait in the database are there. With --apply those are deleted, and
     the lane goes on: each event is in Kafka exactly once, whatever was restored or replaced. The relays may run
     meanwhile; lanes that are not halted are left alone. What to look at first: docs/operations.md, "A halted lane".
+
+    \b
+    Example:
+      relay resolve && relay resolve --apply
 
     \b
     Exit codes:

@@ -3,8 +3,9 @@ contradicts itself."""
 
 import math
 import os
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -243,6 +244,49 @@ class RelayConfig:
         )
         own = {**KAFKA_DEFAULTS, **self.kafka}
         return {name: value for name, value in own.items() if name.startswith(shared)}
+
+
+MASK = "***"
+"""Stands for a secret."""
+
+_SECRET = re.compile(r"passw|secret|token|credential|user\.info|\.pem$|jaas|oauthbearer\.config|\.key$", re.IGNORECASE)
+"""Names of settings whose values are not for every eye. Rather one too many."""
+
+
+def masked(config: RelayConfig) -> dict[str, Any]:
+    """Every setting as it is in force, secrets as `***`; `kafka` as the producers have it, `registry` as it was
+    given."""
+    shown = {one.name: getattr(config, one.name) for one in fields(config)}
+    clients = {"kafka": config.producer(), "registry": config.registry}
+    for name, settings in clients.items():
+        shown[name] = {key: _masked_setting(key, value) for key, value in sorted(settings.items())}
+    return {**shown, "database_url": _masked_url(config.database_url)}
+
+
+def _masked_setting(name: str, value: Any) -> Any:
+    if value and _SECRET.search(name):
+        return MASK
+    return _masked_url(value) if isinstance(value, str) and "://" in value else value
+
+
+def _pairs(query: str) -> Iterator[tuple[str, str, str]]:
+    return (pair.partition("=") for pair in query.split("&"))
+
+
+def _masked_url(url: str) -> str:
+    """The URL without its password, and without the secrets in its query; all hidden where the two are not plain to
+    tell apart."""
+    scheme, colon, rest = url.partition("://")
+    authority, slash, tail = rest.partition("/")
+    if "?" in authority or "#" in authority or "@" in tail:
+        return f"{scheme}{colon}{MASK}"
+    user, at, host = authority.rpartition("@")
+    name, has_password, _ = user.partition(":")
+    path, question, query = tail.partition("?")
+    pairs = [
+        f"{key}={MASK}" if _SECRET.search(key) else f"{key}{equals}{value}" for key, equals, value in _pairs(query)
+    ]
+    return f"{scheme}{colon}{name}{has_password and ':' + MASK}{at}{host}{slash}{path}{question}{'&'.join(pairs)}"
 
 
 def load(environ: Mapping[str, str] = os.environ, path: Path | None = None) -> RelayConfig:

@@ -16,7 +16,7 @@ SIZES = (1, 3, 10, 30, 100, 300, 1_000, 2_000, 4_000, 8_000, 16_000)
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Upper bounds of durations."""
 
-SAMPLES = 16
+SAMPLES = 8
 """Delays looked at in a batch; each stands for the events up to the next one. All of them would cost 0.3 µs an
 event."""
 

@@ -78,7 +78,7 @@ class Monitor:
     def opened(self, outbox: str, views: Views) -> None:
         """The outbox's tables were found right."""
         self.outbox, self.views = outbox, views
-        self._loop.create_task(self.measure())  # the clock's difference, for the delays
+        self._first = self._loop.create_task(self.measure())  # the clock's difference, for the delays
 
     # ---- is it alive, is it ready ------------------------------------------------------------------------------------
 

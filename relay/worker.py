@@ -166,6 +166,30 @@ class LaneWorker:
         finally:
             await self._release(clean)
 
+    async def visit(self, errand: Callable[[], Awaitable[T]]) -> T:
+        """Take the lane from whoever has it, do `errand` while nobody publishes or parks its events, and release it:
+        whoever takes it next reads anew which keys are held, and every row.
+
+        Raises:
+            LaneHalted, LaneTrouble: as `run`; the errand was not done, or its own error is raised.
+        """
+        if not await self._shared.queries.seize(self.lane, self._shared.relay, self._shared.config.lease):
+            raise LaneHalted(f"lane {self.lane} is halted: `relay resolve` comes first")
+        kafka = Transactions(self._shared.config, self._shared.meta.name, self.lane)
+        clean = False
+        try:
+            await self._take(kafka)
+            result = await errand()
+            clean = True
+        except LaneHalted as halted:
+            await self._shared.queries.halt(self.lane, self._shared.relay, str(halted))
+            raise
+        else:
+            return result
+        finally:
+            await self._shared.thread(kafka.discard)
+            await self._release(clean)
+
     async def _release(self, clean: bool) -> None:
         try:
             if await self._shared.queries.release(self.lane, self._shared.relay, clean):

@@ -32,7 +32,10 @@ PATIENCE = float(os.environ.get("OUTBOX_TEST_PATIENCE", "60"))
 LEDGER = """
 CREATE TABLE ledger (seq bigint PRIMARY KEY, id uuid NOT NULL, topic text NOT NULL, key text);
 CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS
-    $$ BEGIN INSERT INTO ledger SELECT seq, id, topic, key FROM written; RETURN NULL; END $$;
+    $$ BEGIN
+        INSERT INTO ledger SELECT seq, id, topic, key FROM written ON CONFLICT DO NOTHING; -- put back by `relay dead`
+        RETURN NULL;
+    END $$;
 CREATE TRIGGER note AFTER INSERT ON outbox.outbox REFERENCING NEW TABLE AS written
     FOR EACH STATEMENT EXECUTE FUNCTION note();
 """

@@ -172,7 +172,7 @@ def _write(result: Result) -> str:
     }
     ways = [[f"`{way}`", *(f"{one[name]:,}" for name in columns.values())] for way, one in result["ways"].items()]
     steps = [
-        [f"{one['step']}, {one['events']} at once", str(one["us"]), one["bound"], str(one["bound_us"])]
+        [f"{one['step']}, of {one['events']} event(s)", str(one["us"]), one["bound"], str(one["bound_us"])]
         for one in result["steps"]
     ]
     medians = f"Medians of {result['transactions']} transactions of each kind:\n\n"

@@ -1,7 +1,7 @@
 """Where the time of a write goes: each step of it alone, beside the least that it could take.
 
 Of one event of a hundred: the caller's CPU, then the INSERT as the caller waits for it. Of a single event: the INSERT,
-beside a round trip that does nothing. Medians; each INSERT in a transaction that has begun, and is rolled back.
+beside a round trip that does nothing. Medians; each INSERT in a transaction that has begun.
 """
 
 import asyncio
@@ -93,17 +93,25 @@ def _by_psycopg(url: str, messages: Sequence[Message]) -> list[Step]:
     inserts = rows.Inserts(SCHEMA, rows.OTHERS)
     with psycopg.connect(url) as connection:
 
-        def took(sql: Any, parameters: Any) -> float:
-            times = []
+        def took(sql: Any, parameters: Any) -> tuple[float, float]:
+            """The statement, and the COMMIT behind it."""
+            statements, commits = [], []
             for _ in range(REPEATS):
                 connection.execute("SELECT 1")
                 start = time.perf_counter()
                 connection.execute(sql, parameters, prepare=True)
-                times.append(time.perf_counter() - start)
-                connection.rollback()
-            return statistics.median(times)
+                executed = time.perf_counter()
+                connection.commit()
+                statements.append(executed - start)
+                commits.append(time.perf_counter() - executed)
+            return statistics.median(statements), statistics.median(commits)
 
-        return _inserts("psycopg", messages, *(took(*query) for query in _queries(inserts, messages, ["%s"] * 7)))
+        found = [took(*query) for query in _queries(inserts, messages, ["%s"] * 7)]
+    (_, behind_all), _, (_, behind_one), _ = found
+    return [
+        *_inserts("psycopg", messages, *(statement for statement, _ in found)),
+        _step("COMMIT, to the disk", len(messages), behind_all, "the same behind one event", behind_one),
+    ]
 
 
 async def _by_asyncpg(url: str, messages: Sequence[Message]) -> list[Step]:

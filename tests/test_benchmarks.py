@@ -172,7 +172,7 @@ def test_the_report_shows_each_way_to_write_and_where_its_time_goes() -> None:
     text = report({"write": write})
     assert "| write: each of 100 by asyncpg | 30.0 µs | ≤ 12 µs | missed |" in text
     assert "| `asyncpg` | 1.0 | 1.5 | 50.0 | 500.0 | 4.0 | 30.0 | 25,000 |" in text
-    assert "| INSERT, 100 at once | 9.5 | a round trip | 1.5 |" in text
+    assert "| INSERT, of 100 event(s) | 9.5 | a round trip | 1.5 |" in text
 
 
 def test_the_report_reads_a_file_of_lines(tmp_path: Path) -> None:

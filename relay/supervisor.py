@@ -48,6 +48,10 @@ KNOWN_VERSIONS = ("0001",)
 TICK = 0.5
 """Seconds between two looks at the lanes. A standby takes over a lane that was released within this time."""
 
+PATIENCE = 2.5 * TICK
+"""Seconds for which a free lane above this relay's share is left to the others: each of them has looked twice by then.
+It comes on top of the lease where a relay crashed and all others have their share."""
+
 HEARTBEAT = 10.0
 """Seconds between two signs of life of a relay."""
 
@@ -288,8 +292,8 @@ class Relay:
         lanes = await shared.queries.lanes()
         self._compare(before, lanes)
         waited = self._waited(lanes, now)
-        decided = plan(lanes, self._held, self._relays, waited, self._config.lease)
-        if decided.take and waited > self._config.lease:
+        decided = plan(lanes, self._held, self._relays, waited, PATIENCE)
+        if decided.take and waited > PATIENCE:
             self._keep_until = now + FORGET
         if now >= self._keep_until:
             for lane in decided.give:

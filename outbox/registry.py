@@ -6,6 +6,7 @@ Source: https://docs.confluent.io/platform/current/schema-registry/develop/api.h
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,10 +82,9 @@ class SchemaRegistry:
             self._client: Any = SchemaRegistryClient({"timeout": TIMEOUT, **given})
         except (ValueError, TypeError, OSError) as error:  # OSError: a certificate that cannot be read
             raise UsageError(f"a setting of the schema registry cannot be used: {error}") from error
-
-    def close(self) -> None:
-        """Close its connections. Not to be used afterwards."""
-        self._client.__exit__()  # older versions of the client have no other name for it
+        # In older versions of the client that is the only name for it.
+        self.close = weakref.finalize(self, self._client.__exit__)
+        """Closes the connections, as the end of this object does. Not to be used afterwards."""
 
     def register(self, subject: str, schema: str) -> int:
         """The id of a schema (JSON text), which is a version of `subject` from then on."""

@@ -1,15 +1,17 @@
 """Fixtures on real servers, the order of the tests (fast first), and the rule that nothing is skipped in CI."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
+import httpx
 import pytest
 
 from outbox.identity import HERE
 from outbox.migrate import migrate
 from tests.roles import grant_roles
-from tests.servers import Kafka, Postgres, Server, ServerUnavailable
+from tests.servers import Kafka, Postgres, Registry, Server, ServerUnavailable
 from tests.servers.choice import in_ci, is_forced
 
 S = TypeVar("S", bound=Server)
@@ -57,6 +59,15 @@ def kafka() -> Iterator[Kafka]:
     server = started(Kafka)
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def registry() -> Iterator[Registry]:
+    """One schema registry for all tests of the run, which asks for BACKWARD. Its subjects are the tests' own topics."""
+    server = started(Registry)
+    with closing(server):
+        httpx.put(f"{server.url}/config", json={"compatibility": "BACKWARD"}, timeout=60).raise_for_status()
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +145,7 @@ def _rank(item: pytest.Item) -> int:
         return 3
     if item.get_closest_marker("crash"):
         return 2
-    return 1 if {"postgres", "kafka"} & set(getattr(item, "fixturenames", ())) else 0
+    return 1 if {"postgres", "kafka", "registry"} & set(getattr(item, "fixturenames", ())) else 0
 
 
 class NothingSkipped:

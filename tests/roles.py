@@ -6,10 +6,13 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 from psycopg import sql
 
-from outbox.roles import Roles, grants
+from outbox.roles import Roles, _made, grants
 from tests.servers.postgres import URL_VARIABLE
 
 ROLES = Roles()
+
+SERVICE = "outbox_test_service"
+"""The user of a service that consumes and writes: it has the roles, as docs/sql.md says, and is none of them."""
 
 OWNER = urlsplit(os.environ.get(URL_VARIABLE, "")).username or "postgres"
 """The user of the tests' servers, whom the tables belong to."""
@@ -21,7 +24,9 @@ def grant_roles(url: str) -> None:
     login = sql.SQL("ALTER ROLE {} LOGIN PASSWORD {}")
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(grants())
-        for role in (ROLES.writer, ROLES.relay, ROLES.inbox):
+        connection.execute(_made(SERVICE))
+        connection.execute(f"GRANT {ROLES.writer}, {ROLES.inbox} TO {SERVICE}")
+        for role in (ROLES.writer, ROLES.relay, ROLES.inbox, SERVICE):
             connection.execute(login.format(sql.Identifier(role), sql.Literal(password)))
 
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scop
 
 from examples.chip_quality import events
 from examples.chip_quality.events import InspectionEvent, InspectionEventType, QualityEvent
-from examples.chip_quality.inspection import SCHEMAS
+from examples.chip_quality.process import SCHEMAS
 from outbox import Catalogue, Event, Message, MigrationError, Outbox, UsageError, testing
 from outbox.aggregate import RecordsEvents
 from outbox.testing import (

@@ -6,6 +6,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.consumer.stage import Effects, async_engine
+from tests.roles import ROLES, as_role
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def effects(database: str) -> Iterator[Effects]:
 
 @pytest.fixture
 async def engine(database: str) -> AsyncIterator[AsyncEngine]:
-    """For `async def` handlers."""
-    engine = async_engine(database)
+    """For `async def` handlers. In the inbox role, as what a consumer does elsewhere in these tests."""
+    engine = async_engine(as_role(database, ROLES.inbox))
     yield engine
     await engine.dispose()

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from outbox import Catalogue, Event
 from outbox.consumer import Consumer
 from outbox.message import uuid7
+from tests.roles import ROLES
 
 TYPE = "test.Thing.SEEN"
 
@@ -97,6 +98,7 @@ class Effects:
     def __init__(self, url: str) -> None:
         self._connection = psycopg.connect(url, autocommit=True)
         self._connection.execute(EFFECTS)
+        self._connection.execute(f"GRANT INSERT, SELECT ON effect TO {ROLES.inbox}")
 
     def rows(
         self, sql: str = "SELECT name, number FROM effect ORDER BY place", *arguments: Any

@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import MakeTopic
 from tests.consumer.member import Member
 from tests.consumer.stage import Effects, record, send, thing, until
+from tests.roles import ROLES, as_role
 from tests.servers import Kafka
 
 pytestmark = pytest.mark.crash
@@ -28,7 +29,7 @@ def site(kafka: Kafka, topic: MakeTopic, database: str, tmp_path: Path) -> Itera
     name, started = topic(4), []
 
     def start(mode: str = "single", setting: str = "", **more: Any) -> Member:
-        started.append(Member(tmp_path, database, kafka.bootstrap, name, mode, setting, **more))
+        started.append(Member(tmp_path, as_role(database, ROLES.inbox), kafka.bootstrap, name, mode, setting, **more))
         return started[-1]
 
     yield name, start

@@ -11,6 +11,7 @@ from tests.consumer.stage import (
     INSERT,
     TYPE,
     Effects,
+    async_engine,
     catalogue,
     committed,
     fast,
@@ -22,6 +23,7 @@ from tests.consumer.stage import (
     thing,
     until,
 )
+from tests.roles import ROLES, SERVICE, as_role
 from tests.servers import Kafka
 
 
@@ -53,7 +55,8 @@ def test_functions_run_in_threads_with_a_session(
 
     name = topic(2)
     send(kafka.bootstrap, name, [record(thing(number)) for number in range(60)])
-    engine = sa.create_engine(database.replace("postgresql://", "postgresql+psycopg://"), pool_size=12)
+    url = as_role(database, ROLES.inbox)
+    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"), pool_size=12)
     consumer = Consumer(name, engine, catalogue=catalogue(), kafka=fast(kafka.bootstrap), limits=Limits(concurrency=4))
 
     @consumer.on(Event, topic=name)
@@ -70,9 +73,9 @@ def test_functions_run_in_threads_with_a_session(
 
 
 async def test_batches_take_effect_in_one_transaction_and_returned_events_go_to_the_outbox_with_it(
-    kafka: Kafka, topic: MakeTopic, engine: AsyncEngine, effects: Effects
+    kafka: Kafka, topic: MakeTopic, database: str, effects: Effects
 ) -> None:
-    name = topic(2)
+    name, engine = topic(2), async_engine(as_role(database, SERVICE))
     send(kafka.bootstrap, name, [record(thing(number)) for number in range(500)])
     consumer = Consumer(name, engine, catalogue=catalogue(), kafka=fast(kafka.bootstrap))
     sizes = []
@@ -89,3 +92,4 @@ async def test_batches_take_effect_in_one_transaction_and_returned_events_go_to_
     assert max(sizes) == 100
     assert effects.by_key() == {f"k{n}": list(range(n, 500, 10)) for n in range(10)}
     assert effects.rows("SELECT count(*), min(topic) FROM outbox.outbox") == [(len(sizes), "things")]
+    await engine.dispose()

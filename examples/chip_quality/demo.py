@@ -163,7 +163,8 @@ class Play:
         relay.start()
         successor, _ = self._taken_over(after)
         doomed.start()
-        found = _said(successor, "lane taken")[-1]["batch"]
+        taken = self._until(lambda: _said(successor, "lane taken"), 10, f"{successor.name} says what it found")
+        found = taken[-1]["batch"]
         self.screen.say(
             f"{doomed.name}, to which {relay.name} handed the lane over, killed -9 between Kafka's commit and its"
             f" delete; {successor.name} found batch {after.batch:,} in the database and {found:,} in Kafka"

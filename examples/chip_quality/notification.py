@@ -49,6 +49,9 @@ SENDER = "alerts@chip.example"
 
 ALERTING = (QualityEventType.THRESHOLD_VIOLATED, QualityEventType.ALERT_TRIGGERED)
 
+BATCH = 100
+"""Quality events in one transaction."""
+
 SEND_TIMEOUT = 10.0
 """Seconds that the mail server may take."""
 
@@ -96,23 +99,25 @@ def make_consumer(engine: AsyncEngine, bootstrap: str) -> Consumer:
     """Step 1: what records the alerts."""
     consumer = Consumer(NAME, engine, catalogue=process.catalogue(), kafka=process.kafka(NAME, bootstrap))
 
-    @consumer.on(QualityEvent)
-    async def alert(event: QualityEvent, session: AsyncSession, _: Meta) -> None:
-        if event.event_type in ALERTING:
-            level = event.alert_level or AlertLevel.WARNING
-            session.add(
-                Alert(
-                    event_id=event.event_id,
-                    inspection_id=event.inspection_id,
-                    what=event.event_type,
-                    level=level,
-                    text=f"inspection {event.inspection_id} of batch {event.batch_id}: score {event.quality_score:g},"
-                    f" threshold {event.threshold}, {event.defect_count} defects",
-                    state=State.DUE if ROUTES[level] else State.RECORDED,
-                )
-            )
+    @consumer.on_batch(QualityEvent, size=BATCH)
+    async def alert(events: list[QualityEvent], session: AsyncSession, _: list[Meta]) -> None:
+        session.add_all(alert_of(event) for event in events if event.event_type in ALERTING)
 
     return consumer
+
+
+def alert_of(event: QualityEvent) -> Alert:
+    """What is to be told of the event, and whether somebody is."""
+    level = event.alert_level or AlertLevel.WARNING
+    return Alert(
+        event_id=event.event_id,
+        inspection_id=event.inspection_id,
+        what=event.event_type,
+        level=level,
+        text=f"inspection {event.inspection_id} of batch {event.batch_id}: score {event.quality_score:g},"
+        f" threshold {event.threshold}, {event.defect_count} defects",
+        state=State.DUE if ROUTES[level] else State.RECORDED,
+    )
 
 
 Send = Callable[[EmailMessage], Awaitable[None]]

@@ -11,8 +11,9 @@ published once. Events of an inspection come in order (they have its key), so th
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -23,6 +24,11 @@ from outbox.consumer import Consumer, Meta
 
 NAME = "quality"
 """The consumer group in Kafka, and the consumer in the inbox."""
+
+BATCH = 200
+"""Inspection events in one transaction."""
+
+CONCERNED = (InspectionEventType.DEFECT_DETECTED, InspectionEventType.INSPECTION_COMPLETED)
 
 THRESHOLD = 80.0
 """Quality scores go from 0 to 100; a chip passes from here on."""
@@ -58,26 +64,38 @@ def make_consumer(engine: AsyncEngine, bootstrap: str, said: Said | None = None)
     catalogue = process.catalogue()
     consumer = Consumer(NAME, engine, catalogue=catalogue, kafka=process.kafka(NAME, bootstrap))
 
-    @consumer.on(InspectionEvent)
-    async def judge(event: InspectionEvent, session: AsyncSession, _: Meta) -> list[QualityEvent]:
-        match event.event_type:
-            case InspectionEventType.DEFECT_DETECTED:
-                (await _assessment(session, event)).defects += len(event.defects)
-            case InspectionEventType.INSPECTION_COMPLETED:
-                found = list(verdict(await _assessment(session, event), event.quality_score or 0.0))
-                if said is not None:
-                    said(session, found)
-                return found
-        return []
+    @consumer.on_batch(InspectionEvent, size=BATCH)
+    async def judge(events: list[InspectionEvent], session: AsyncSession, _: list[Meta]) -> list[QualityEvent]:
+        concerned = [event for event in events if event.event_type in CONCERNED]
+        assessments = await _assessments(session, {event.inspection_id: event.batch_id for event in concerned})
+        found: list[QualityEvent] = []
+        for event in concerned:
+            assessment = assessments[event.inspection_id]
+            if event.event_type == InspectionEventType.DEFECT_DETECTED:
+                assessment.defects += len(event.defects)
+            else:
+                found += verdict(assessment, event.quality_score or 0.0)
+        if said is not None:
+            said(session, found)
+        return found
 
     return consumer
 
 
-async def _assessment(session: AsyncSession, event: InspectionEvent) -> Assessment:
-    """The inspection's row, locked. One inspection's events come one after the other, but a replay may run beside."""
-    new = insert(Assessment).values(inspection_id=event.inspection_id, batch_id=event.batch_id, defects=0, version=0)
-    await session.execute(new.on_conflict_do_nothing())
-    return await session.get_one(Assessment, event.inspection_id, with_for_update=True)
+async def _assessments(session: AsyncSession, inspections: Mapping[str, str]) -> Mapping[str, Assessment]:
+    """The rows of inspections (id → batch), made where there are none, and locked: a replay may run beside.
+
+    In the order of their ids, so that two batches cannot deadlock.
+    """
+    if not inspections:
+        return {}
+    new = [
+        {"inspection_id": inspection, "batch_id": batch, "defects": 0, "version": 0}
+        for inspection, batch in sorted(inspections.items())
+    ]
+    await session.execute(insert(Assessment).values(new).on_conflict_do_nothing())
+    rows = select(Assessment).where(Assessment.inspection_id.in_(inspections)).order_by(Assessment.inspection_id)
+    return {row.inspection_id: row for row in await session.scalars(rows.with_for_update())}
 
 
 def verdict(assessment: Assessment, score: float) -> Iterator[QualityEvent]:

@@ -325,11 +325,13 @@ def site(database: str, kafka: Kafka) -> Iterator[Site]:
         yield site
 
 
-def add(site: Site, topic: str, fingerprint: int, key: str = "k", value: bytes = b"\x02\x04") -> str:
+INSERT = "INSERT INTO outbox.outbox (id, type, topic, key, value, fingerprint) VALUES (%s, 't', %s, %s, %s, %s)"
+
+
+def add(site: Site, topic: str, fingerprint: int, key: str = "k") -> str:
     """The id of an event in a transaction of its own."""
     id_ = uuid4()
-    sql = "INSERT INTO outbox.outbox (id, type, topic, key, value, fingerprint) VALUES (%s, 't', %s, %s, %s, %s)"
-    site.rows(sql, id_, topic, key, value, fingerprint)
+    site.rows(INSERT, id_, topic, key, b"\x02\x04", fingerprint)
     return str(id_)
 
 
@@ -456,6 +458,23 @@ def test_while_the_registry_is_away_known_schemas_go_on_and_nothing_is_parked_or
     assert len(check_exactly_once(site)) == 4
     events = [line.get("event") for line in relay.lines]
     assert [events.count(event) for event in ("registry away", "registry back", "lane taken")] == [1, 1, 1]
+
+
+def test_a_row_that_commits_late_and_waits_for_its_id_is_not_left_below_the_floor(
+    site: Site, gate: Gate, topic: MakeTopic
+) -> None:
+    name = topic()
+    one, two = put(site.url, order(X)), put(site.url, order(X, Z))
+    site.taken(OUTBOX_REGISTRY_URL=gate.url)
+    with psycopg.connect(site.url) as late:
+        late.execute(INSERT, (uuid4(), name, "late", b"\x02\x04", two))
+        for _ in range(3):
+            add(site, name, one)
+            site.wait_until_published()
+        gate.shut = True
+    gate.wait_until_turned_away(3)
+    gate.shut = False
+    assert len(check_exactly_once(site)) == 4
 
 
 def test_a_relay_is_let_in_by_its_password_behind_tls_and_says_no_secret(

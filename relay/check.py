@@ -200,9 +200,8 @@ def _of_topics(cluster: Cluster, topics: Sequence[str]) -> Iterator[Finding]:
 
 
 def _allowed(what: str, operations: frozenset[str] | None, needed: set[str]) -> Finding:
-    """Kafka says nothing of operations to clients before KIP-430, and nothing where it is told to keep it."""
-    if not operations:
-        return Finding(f"{what}: rights", "unknown", "Kafka does not say")
+    if operations is None:
+        return Finding(f"{what}: rights", "unknown", "Kafka does not say, or it is not there yet")
     missing = sorted(needed - operations)
     return _judged(
         f"{what}: rights",

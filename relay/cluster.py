@@ -24,8 +24,8 @@ class Topic:
     """Of the partition that has the fewest."""
     settings: Mapping[str, str]
     """Empty where this user may not ask."""
-    allowed: frozenset[str]
-    """Operations that this user may do, such as WRITE."""
+    allowed: frozenset[str] | None
+    """Operations that this user may do, such as WRITE; None: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Cluster:
     settings: Mapping[str, str] = field(default_factory=dict)
     """Of one broker; empty where this user may not ask."""
     group: frozenset[str] | None = None
-    """What this user may do with the outbox's group; None: not known."""
+    """What this user may do with the outbox's group; None: not known, as before a relay has used it."""
     transactional: str | None = None
     """Why this user cannot open a producer of the outbox; None: it can."""
 
@@ -80,8 +80,10 @@ def _topics(admin: AdminClient, asked: list[str]) -> dict[str, Topic]:
 
 def _group(admin: AdminClient, name: str) -> frozenset[str] | None:
     answers = admin.describe_consumer_groups([name], include_authorized_operations=True, request_timeout=10.0)
-    found = _answer(answers[name])
-    return None if found is None else _operations(found)
+    try:
+        return _operations(answers[name].result(15))
+    except KafkaException as error:
+        return frozenset() if error.args[0].code() == KafkaError.GROUP_AUTHORIZATION_FAILED else None
 
 
 def _settings(admin: AdminClient, asked: list[tuple[Any, str]]) -> dict[str, dict[str, str]]:
@@ -96,13 +98,20 @@ def _settings(admin: AdminClient, asked: list[tuple[Any, str]]) -> dict[str, dic
 
 def _transactional(config: RelayConfig, name: str) -> str | None:
     settings = {setting: value for setting, value in config.producer().items() if setting != "debug"}
-    producer = Producer({**settings, "transactional.id": f"{name}.check", "log_level": 0})
+    producer = Producer({**settings, "transactional.id": f"{name}.check"}, logger=_Silence())
     try:
         producer.init_transactions(config.kafka_timeout)
     except KafkaException as error:
         kafka: KafkaError = error.args[0]
         return f"{kafka.str()} ({kafka.name()})"
     return None
+
+
+class _Silence:
+    """In place of a logging.Logger: what matters is raised as well."""
+
+    def log(self, *_: object) -> None:
+        """Say nothing."""
 
 
 def _answer(future: Any) -> Any:
@@ -113,5 +122,6 @@ def _answer(future: Any) -> Any:
         return None
 
 
-def _operations(described: Any) -> frozenset[str]:
-    return frozenset(operation.name for operation in described.authorized_operations or ())
+def _operations(described: Any) -> frozenset[str] | None:
+    """None where Kafka says nothing, as of a group that is not there yet."""
+    return frozenset(operation.name for operation in described.authorized_operations or ()) or None

@@ -97,6 +97,7 @@ def test_a_copy_is_named() -> None:
     [
         (replace(CLUSTER, transactional="refused"), ("transactional ids", "wrong")),
         (replace(CLUSTER, group=frozenset({"DESCRIBE"})), ("group orders: rights", "wrong")),
+        (replace(CLUSTER, group=frozenset()), ("group orders: rights", "wrong")),
         (replace(CLUSTER, group=None), ("group orders: rights", "unknown")),
         (replace(CLUSTER, topics=without("orders")), ("topic orders", "wrong")),
         (replace(CLUSTER, topics=without("orders.lanes")), ("control topic", "unknown")),

@@ -332,13 +332,15 @@ def test_what_was_broken_in_the_database_is_found(site: Site, relay: Callable[..
     assert document(result, 1)["guarantee"].startswith("No guarantee")
 
 
-def test_a_kafka_that_is_away_is_a_finding(site: Site, relay: Callable[..., Result]) -> None:
+def test_a_kafka_and_a_registry_that_are_away_are_findings(site: Site, relay: Callable[..., Result]) -> None:
     away = {
         "OUTBOX_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1",
         "OUTBOX_KAFKA_TIMEOUT": "0.5",
         "OUTBOX_KAFKA_TOPIC_METADATA_PROPAGATION_MAX_MS": "100",
+        "OUTBOX_REGISTRY_URL": "http://127.0.0.1:1",
     }
-    assert levels(relay("check", "--json", **away), 1)["Kafka"] == "wrong"
+    found = levels(relay("check", "--json", **away), 1)
+    assert found["Kafka"] == found["registry"] == "wrong"
 
 
 # ---- trace -----------------------------------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def show(event_id: str, url: str, consumer: str | None, schema: str, as_bytes: b
     """Show all that is known of one dead message, as JSON."""
     message: DeadMessage = _with(url, schema, consumer, lambda dead: dead.one(event_id))
     if as_bytes:
-        click.get_binary_stream("stdout").write(message.value or b"")
+        click.echo(message.value or b"", nl=False)
         return
     click.echo(json.dumps(_document(message), indent=2))
 

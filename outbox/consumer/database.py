@@ -66,16 +66,28 @@ _PASSING = ("57P01", "57P02", "57P03", "57P05", "40001", "40P01", "25006")
 """Shutdown, crash, starting up, idle session ended; serialization failure, deadlock; a standby before its promotion."""
 
 
+def is_mistake(error: BaseException) -> bool:
+    """Whether the database refuses the statement itself (SQLSTATE class 42: no such table or column, no privilege).
+
+    No other message would fare better: to park them all would only hide it.
+    """
+    return _state(error).startswith("42")
+
+
 def is_trouble(error: BaseException, *, in_handler: bool) -> bool:
     """Whether the database is in the way, not the message: then nothing is counted, and it is tried until it works.
 
     `in_handler`: an OSError or a timeout may be that of another server which the handler asks.
     """
-    original = getattr(error, "orig", None) or error
-    state = str(getattr(original, "sqlstate", None) or "")
+    state = _state(error)
     if state.startswith(_AWAY) or state in _PASSING:
         return True
     if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
         return True
     kinds: tuple[type[Any], ...] = (OSError, sa.exc.TimeoutError, sa.exc.InterfaceError, sa.exc.OperationalError)
     return not in_handler and isinstance(error, kinds)
+
+
+def _state(error: BaseException) -> str:
+    original = getattr(error, "orig", None) or error
+    return str(getattr(original, "sqlstate", None) or "")

@@ -177,7 +177,8 @@ class Consumer:
         """Consume until `stop` is called, then end in order: what is at work is finished within the deadline.
 
         Raises ConsumerStopped where a policy says `stop` or Kafka's client has ended for good; UsageError without a
-        handler, or for settings that cannot be; MigrationError where the tables are missing.
+        handler, or for settings that cannot be; MigrationError where the tables are missing; the database's own error
+        where it refuses a handler's statement as such (SQLSTATE class 42: no such table, no privilege).
         """
         if not self.topics:
             raise UsageError(f"the consumer {self.name!r} has no handler: decorate one with @consumer.on(…)")

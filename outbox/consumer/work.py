@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from outbox.catalogue import TypedEvent
-from outbox.consumer.database import Database, Work, is_trouble
+from outbox.consumer.database import Database, Work, is_mistake, is_trouble
 from outbox.consumer.decoding import Decoder, Frame
 from outbox.consumer.meta import Meta
 from outbox.consumer.metrics import Metrics
@@ -137,8 +137,8 @@ class Effects:
     async def take(self, messages: Sequence[Meta], hold: Hold) -> None:
         """All of these have their effect when this returns, or are parked, or nobody's.
 
-        Raises Gone when `hold` is lost before; ConsumerStopped where the policy says so; what is neither a message's
-        nor the database's fault (MigrationError) as it is.
+        Raises Gone when `hold` is lost before; ConsumerStopped where the policy says so; what is no message's fault (a
+        table or a privilege that is missing) as it is.
         """
         items = await self._read(messages, hold)
         if not items:
@@ -293,7 +293,7 @@ class Effects:
                 self._store.end(session, list(by_id))
             session.commit()  # 7
         except Exception as error:
-            if is_trouble(error, in_handler=True):
+            if is_trouble(error, in_handler=True) or is_mistake(error):
                 raise
             raise HandlerFailed from error
         return _Outcome(live, dying, len(items) - len(fresh))
@@ -354,7 +354,10 @@ class Effects:
             metrics.duplicates[items[0].meta.topic] += outcome.known
         for meta, death in outcome.parked:
             metrics.dead[meta.topic, death.reason] += 1
-            log.error("a message is dead", message=meta, event_id=meta.event_id, reason=death.reason, error=death.error)
+            if death.reason != "held":  # there may be thousands behind one
+                log.error(
+                    "a message is dead", message=meta, event_id=meta.event_id, reason=death.reason, error=death.error
+                )
             if (key := _key(meta)) is not None:
                 self.held.add(key)
 
@@ -387,7 +390,7 @@ class Effects:
                 self._outbox.add(session, *events)
             session.commit()
         except Exception as error:
-            if is_trouble(error, in_handler=True):
+            if is_trouble(error, in_handler=True) or is_mistake(error):
                 raise
             raise HandlerFailed from error
         self._metrics.processed[dead.topic] += len(items)

@@ -100,10 +100,11 @@ class Effects:
         self._connection.execute(EFFECTS)
         self._connection.execute(f"GRANT INSERT, SELECT ON effect TO {ROLES.inbox}")
 
-    def rows(
-        self, sql: str = "SELECT name, number FROM effect ORDER BY place", *arguments: Any
-    ) -> list[tuple[Any, ...]]:
-        return list(self._connection.execute(sql, arguments))
+    def rows(self, sql: str = "SELECT name, number FROM effect ORDER BY place") -> list[tuple[Any, ...]]:
+        return list(self._connection.execute(sql))
+
+    def execute(self, sql: str, *arguments: Any) -> None:
+        self._connection.execute(sql, arguments)
 
     def by_key(self) -> dict[str, list[int]]:
         """The numbers of each key in the order of their effects."""

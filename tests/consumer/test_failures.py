@@ -317,3 +317,16 @@ async def test_trouble_of_the_database_parks_nothing(site: Any, engine: AsyncEng
     assert here.dead() == []
     assert here.effects.by_key() == {f"k{n}": [n, n + 10] for n in range(10)}
     assert here.consumer.metrics.trouble["database"] >= 3
+
+
+async def test_a_statement_that_is_wrong_for_every_message_ends_the_consumer_and_parks_nothing(site: Any) -> None:
+    here: Site = site(Failures(retry=QUICK))
+
+    @here.consumer.on(Event, topic=here.topic)
+    async def note(event: Event, session: AsyncSession, meta: Meta) -> None:
+        await session.execute(sa.text("INSERT INTO no_such_table VALUES (1)"))
+
+    here.send(record(thing(1)))
+    with pytest.raises(sa.exc.ProgrammingError, match="no_such_table"):
+        await here.consumer.run()
+    assert here.dead() == []

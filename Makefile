@@ -8,12 +8,13 @@ WHOLE := -n 3 --dist loadfile --no-loadscope-reorder --durations=10
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test torture lint bench
+.PHONY: help demo test torture teeth lint bench
 
 help:
 	@echo "make demo    the whole way on real servers, with faults, checked; about a minute"
 	@echo "make test    all tests on real servers; ARGS='-k inbox' is passed to pytest"
 	@echo "make torture MINUTES=2 SEED=1   every fault we can make, then all compared; the seed decides the schedule"
+	@echo "make teeth   the code broken in one way at a time, and the test that fails; ONLY=naive-floor,no-recycling chooses"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make bench   all benchmarks, one JSON line each; ONLY=relay,latency chooses"
 
@@ -26,6 +27,9 @@ test: $(READY)
 
 torture: $(READY)
 	$(BIN)/python -m tests.torture --minutes $(MINUTES) --seed $(SEED)
+
+teeth: $(READY)
+	$(BIN)/python -m tests.teeth --only "$(ONLY)"
 
 lint: $(READY)
 	$(BIN)/ruff check .

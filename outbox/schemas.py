@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 from fastavro.schema import expand_schema, parse_schema, to_parsing_canonical_form
 from fastavro.schema import fingerprint as fastavro_fingerprint
@@ -290,7 +290,7 @@ def _check_events(schema: Schema) -> Iterator[tuple[str, str]]:
     if not isinstance(events, dict) or not _is_enum(kind):
         yield "events", "an object from each symbol of the enum in the field event_type to what such an event has"
         return
-    members = fields(expand_schema(schema))
+    members = fields(cast("Schema", expand_schema(schema)))
     for symbol in kind["symbols"]:
         if symbol not in events:
             yield "events", f'nothing is said of {symbol}; add "{symbol}": {{}}, or what it needs, takes and sets'
@@ -474,5 +474,5 @@ def _base(schema: Any) -> Any:
     return schema.get("type") if isinstance(schema, dict) else schema
 
 
-def _is_enum(schema: Any) -> bool:
+def _is_enum(schema: Any) -> TypeGuard[Schema]:
     return isinstance(schema, dict) and schema.get("type") == "enum"

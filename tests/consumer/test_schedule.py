@@ -3,6 +3,7 @@
 import random
 import threading
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -109,12 +110,13 @@ def test_markers_behind_the_last_message_are_passed_when_nothing_is_left() -> No
     offsets = Offsets()
     offsets.received(5)
     seen = []
-    for step in (
+    steps: Sequence[Callable[[], object]] = (
         lambda: offsets.reached(9),
         lambda: offsets.done([5]),
         lambda: offsets.reached(9),
         lambda: offsets.reached(7),  # the end as an earlier fetch saw it
-    ):
+    )
+    for step in steps:
         step()
         seen.append(offsets.next)
     assert seen == [None, 6, 9, 9]

@@ -59,8 +59,15 @@ def check(new: Version, earlier: Sequence[Version], level: Level) -> Iterator[Br
         pairs = [(new, old)] if level.is_backward else []
         pairs += [(old, new)] if level.is_forward else []
         for reader, writer in pairs:
-            for found in unreadable(reader.schema, writer.schema):
-                yield replace(found, reader=reader.label, writer=writer.label)
+            yield from _between(reader, writer)
+
+
+def _between(reader: Version, writer: Version) -> list[Break]:
+    try:
+        found = unreadable(reader.schema, writer.schema)
+    except SchemaError as error:
+        raise SchemaError(f"between {reader.label} and {writer.label}: {error}") from error
+    return [replace(one, reader=reader.label, writer=writer.label) for one in found]
 
 
 def unreadable(reader: Schema, writer: Schema) -> list[Break]:

@@ -455,6 +455,10 @@ def test_outside_a_repository_and_in_a_broken_history_the_words_say_so(tmp_path:
         git(folder.parent, "commit", "--quiet", "--message=x")
         put(folder, order(X))
         assert f"Order.avsc at main: {said}" in run("check", folder, "--git", "main", code=1).stderr
+    commit(folder, of("strnig"))
+    put(folder, order(X))
+    said = f"between {folder / 'Order.avsc'} and Order.avsc at main: Order: not an Avro schema"
+    assert said in run("check", folder, "--git", "main", code=1).stderr
 
 
 def test_lint_says_what_readers_could_not_do_without(folder: Path) -> None:

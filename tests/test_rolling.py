@@ -134,9 +134,9 @@ def read(database: str, kafka: Kafka, registry: Registry, label: str, version: V
             label, engine, catalogue=version.catalogue, kafka=fast(kafka.bootstrap), registry=registry.url
         )
 
-        @consumer.on(version.module.OrderEvent)
-        async def note(event: Any, _: AsyncSession, meta: Meta) -> None:
-            seen[str(meta.id)] = event
+        @consumer.on_batch(version.module.OrderEvent)
+        async def note(events: list[Any], _: AsyncSession, metas: list[Meta]) -> None:
+            seen.update((str(meta.id), event) for meta, event in zip(metas, events, strict=True))
 
         async with running(consumer):
             await until(lambda: len(seen) >= count)

@@ -184,6 +184,24 @@ def test_the_environment_stands_above_the_file(write: Any) -> None:
     assert config.kafka == {"bootstrap.servers": "a:1", "linger.ms": "4"}
 
 
+def test_settings_of_the_registry_s_client_are_taken_as_they_are_and_ours_are_not_among_them(write: Any) -> None:
+    path = write(
+        'registry_auto_register = false\n[registry]\nurl = "http://a"\n"basic.auth.user.info" = "me:hunter2"\n'
+    )
+    config = load({**LEAST, "OUTBOX_REGISTRY_URL": "http://b", "OUTBOX_REGISTRY_SSL_CA_LOCATION": "/ca"}, path)
+    assert config.registry == {"url": "http://b", "ssl.ca.location": "/ca", "basic.auth.user.info": "me:hunter2"}
+    assert not config.registry_auto_register
+    assert "hunter2" not in repr(config)
+    assert load({**LEAST, "OUTBOX_REGISTRY_SUBJECT_STRATEGY": "RecordNameStrategy"}).registry == {}
+
+
+def test_a_registry_without_a_name_and_a_strategy_of_nobody_are_refused() -> None:
+    assert "OUTBOX_REGISTRY_URL" in refusal({**LEAST, "OUTBOX_REGISTRY_SSL_CA_LOCATION": "/ca"})
+    text = refusal({**LEAST, "OUTBOX_REGISTRY_SUBJECT_STRATEGY": "Topic"})
+    assert "'Topic'" in text
+    assert "TopicNameStrategy" in text
+
+
 def test_the_file_may_be_named_in_the_environment(write: Any) -> None:
     path = write("batch_rows = 10\n")
     assert load({**LEAST, "OUTBOX_CONFIG": str(path)}).batch_rows == 10
@@ -198,6 +216,7 @@ def test_the_file_may_be_named_in_the_environment(write: Any) -> None:
         ("source = 1", ["OUTBOX_SOURCE", "text"]),
         ("kafka = 1", ["[kafka]"]),
         ("[kafka]\nlinger.ms = 1", ["[kafka]", "quoted"]),
+        ("[registry]\nssl.ca.location = 'x'", ["[registry]", "quoted", '"basic.auth.user.info"']),
         ("lease = nan", ["OUTBOX_LEASE"]),
     ],
 )

@@ -8,6 +8,7 @@ database is away, or a lane could not be had: try again.
 import asyncio
 import base64
 import json
+import signal
 import logging
 import sys
 import time
@@ -178,7 +179,7 @@ def status_command(as_json: bool, watch: bool, config: Path | None) -> None:
       3  the database is away
     """
     if watch:
-        with suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt):  # before the first look
             _asked(config, lambda desk: _watch(desk, as_json))
         return
     document = _asked(config, _look)
@@ -194,8 +195,10 @@ async def _look(desk: Desk) -> dict[str, Any]:
 
 
 async def _watch(desk: Desk, as_json: bool) -> None:
-    """Until Ctrl-C."""
-    while True:
+    """Until Ctrl-C. By a handler, not by a cancellation: a query that is under way may swallow that one."""
+    stopped = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stopped.set)
+    while not stopped.is_set():
         try:
             document = await _look(desk)
         except TROUBLE as error:
@@ -206,7 +209,8 @@ async def _watch(desk: Desk, as_json: bool) -> None:
             else:
                 click.clear()
                 _show_status(document)
-        await asyncio.sleep(WATCH_SECONDS)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stopped.wait(), WATCH_SECONDS)
 
 
 def _show_status(document: dict[str, Any]) -> None:

@@ -8,8 +8,8 @@ database is away, or a lane could not be had: try again.
 import asyncio
 import base64
 import json
-import signal
 import logging
+import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable

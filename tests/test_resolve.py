@@ -29,7 +29,7 @@ from relay.resolve import Choice, LanePlan, Row, plan_of, text_of
 from relay.topics import Place, ReadBack, ensure_control_topic, read_back
 from relay.transaction import Transactions
 from tests.conftest import MakeDatabase, MakeTopic, started
-from tests.relay_process import Comparison, Reader, RelayProcess, Site, compare, database_of, id_of
+from tests.relay_process import PATIENCE, Comparison, Reader, RelayProcess, Site, compare, database_of, id_of
 from tests.servers import Kafka, Postgres
 
 KILL_BEFORE_DELETE = {"OUTBOX_FAILPOINT": "commit:1"}
@@ -141,6 +141,10 @@ def killed_at_rest(site: Site) -> None:
     """A relay takes the lane and is killed while nothing is under way: the lane is not released."""
     relay = site.taken()
     site.wait_until_published()
+    deadline = time.monotonic() + PATIENCE
+    while site.value("SELECT count(*) FROM outbox.outbox"):  # what can be read is not yet deleted
+        assert time.monotonic() < deadline, relay.text
+        time.sleep(0.02)
     relay.kill()
 
 

@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, settings
 
 from outbox.identity import HERE
 from outbox.migrate import migrate
@@ -15,6 +16,10 @@ from tests.servers import Kafka, Postgres, Registry, Server, ServerUnavailable
 from tests.servers.choice import in_ci, is_forced
 
 S = TypeVar("S", bound=Server)
+
+# A busy machine makes a test slow, not wrong.
+settings.register_profile("patient", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 class MakeDatabase(Protocol):

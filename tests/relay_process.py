@@ -47,6 +47,16 @@ SELECT gen_random_uuid(), 'test.SEEDED', %s, 'key-' || g %% 97, convert_to(repea
 """
 
 
+def patched(folder: Path, code: str) -> dict[str, str]:
+    """Environment of a relay in which `code` has run before it begins."""
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": str(folder)}
+
+
+ATTENTIVE = "import relay.supervisor; relay.supervisor.HEARTBEAT = 0.5"
+"""Patch of a relay that notices within half a second, not ten, that another one has come."""
+
+
 class RelayProcess:
     """`relay run` in a process of its own. Its log lines are read as they come."""
 
@@ -279,9 +289,10 @@ class Reader:
         return self._ends == self._partitions
 
     def more(self, timeout: float = 0.2) -> list[Message]:
-        """What has come meanwhile."""
+        """What has come meanwhile; waits for `timeout` s at most."""
         found = []
-        for message in self._consumer.consume(5000, timeout) if self._partitions else []:
+        first = self._consumer.poll(timeout) if self._partitions else None
+        for message in [first, *self._consumer.consume(5000, 0)] if first is not None else []:
             error = message.error()
             place = (message.topic() or "", message.partition() or 0)
             if error is None:

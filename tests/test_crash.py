@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from uuid import uuid4
 
 import psycopg
@@ -15,7 +16,7 @@ from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaExcep
 from outbox.migrate import migrate
 from relay.lane import Step
 from tests.conftest import MakeDatabase, MakeTopic, started
-from tests.relay_process import Reader, RelayProcess, Site, check_exactly_once, compare, id_of
+from tests.relay_process import ATTENTIVE, Reader, RelayProcess, Site, check_exactly_once, compare, id_of, patched
 from tests.servers import Kafka, Postgres
 
 pytestmark = pytest.mark.crash
@@ -135,11 +136,11 @@ def _holder(relays: list[RelayProcess], site: Site) -> int:
 
 
 def test_the_lanes_of_a_killed_relay_are_taken_and_kept(
-    make_database: MakeDatabase, kafka: Kafka, topic: MakeTopic
+    make_database: MakeDatabase, kafka: Kafka, topic: MakeTopic, tmp_path: Path
 ) -> None:
     """The dead one counts as a relay for a while; its share must not be handed back to it."""
     name = topic(4)
-    with Site(make_database(4), kafka.bootstrap, **SHORT) as site:
+    with Site(make_database(4), kafka.bootstrap, **SHORT, **patched(tmp_path, ATTENTIVE)) as site:
         relays = [site.relay() for _ in range(2)]
         for relay in relays:
             relay.wait_for("lane taken", count=2)

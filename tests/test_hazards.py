@@ -24,7 +24,7 @@ from relay.errors import KafkaTrouble
 from relay.transaction import peek
 from tests.conftest import MakeDatabase, started
 from tests.kafka_proxy import Api, KafkaProxy, Trap
-from tests.relay_process import Reader, RelayProcess, Site, check_exactly_once, compare, id_of
+from tests.relay_process import Reader, RelayProcess, Site, check_exactly_once, compare, id_of, patched
 from tests.servers import Kafka
 
 pytestmark = pytest.mark.crash
@@ -57,7 +57,7 @@ def proxy(broker: Kafka) -> Iterator[KafkaProxy]:
 
 @pytest.fixture
 def line(make_database: MakeDatabase, broker: Kafka, proxy: KafkaProxy) -> "Iterator[Line]":
-    with Site(make_database(), proxy.bootstrap) as site:
+    with Site(make_database(), proxy.bootstrap, OUTBOX_LEASE="1") as site:
         yield Line(site, proxy, broker.create_topic(f"{site.name}-events", PARTITIONS))
     proxy.clear()
 
@@ -114,8 +114,7 @@ relay.transaction._Watch.suspicious = property(lambda self: None, lambda self, l
 @pytest.fixture
 def no_recycling(tmp_path: Path) -> dict[str, str]:
     """Environment of a relay that does not see what its client logs."""
-    (tmp_path / "sitecustomize.py").write_text(NO_RECYCLING)
-    return {"PYTHONPATH": str(tmp_path)}
+    return patched(tmp_path, NO_RECYCLING)
 
 
 def test_without_recycling_a_late_end_of_a_transaction_tears_a_batch_and_doubles_it(

@@ -243,7 +243,7 @@ def consume(engine: sa.Engine, inbox: Inbox, events: list[Record], consumption: 
                 return taken
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(consumptions=st.lists(consumptions, min_size=2, max_size=5))
 def test_whatever_transactions_do_at_once_each_event_takes_effect_in_exactly_one_that_committed(
     engine: sa.Engine, consumptions: list[Consumption]

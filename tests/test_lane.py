@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 from uuid import UUID
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relay.errors import IllegalStep, ProgressError
@@ -81,7 +81,6 @@ def backlogs(draw: st.DrawFn) -> list[int]:
     return list(accumulate(gaps, initial=draw(st.integers(1, 2**62))))
 
 
-@settings(deadline=None)  # 8,000 rows take some milliseconds, on a busy machine more
 @given(backlogs())
 def test_a_cut_batch_fits_and_is_not_much_smaller_than_it_could_be(seqs: list[int]) -> None:
     progress, text = cut(OUTBOX, 9, seqs, [str(seq) for seq in seqs])

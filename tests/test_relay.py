@@ -18,12 +18,14 @@ from outbox.identity import HERE
 from outbox.migrate import migrate
 from tests.conftest import MakeDatabase, MakeTopic, started
 from tests.relay_process import (
+    ATTENTIVE,
     Reader,
     RelayProcess,
     Site,
     check_exactly_once,
     database_of,
     headers_of,
+    patched,
 )
 from tests.servers import Kafka, Postgres
 
@@ -250,9 +252,10 @@ def test_a_slow_delete_holds_the_batches_back_and_breaks_nothing(site: Site, top
 
 
 def test_the_second_relay_is_a_hot_standby_that_takes_over_at_once(site: Site, topic: MakeTopic) -> None:
-    name = topic(4)
-    first = site.taken()
-    second = site.relay()
+    """So much sooner than the lease would run out that a busy machine cannot be the reason. (About 0.6 s.)"""
+    name, lease = topic(4), {"OUTBOX_LEASE": "60"}
+    first = site.taken(**lease)
+    second = site.relay(**lease)
     second.wait_for("relay started")
     site.seed(name, 1_000)
     site.wait_until_published()
@@ -262,21 +265,22 @@ def test_the_second_relay_is_a_hot_standby_that_takes_over_at_once(site: Site, t
     second.wait_for("lane taken", lane=0)
     took = time.monotonic() - started_at
     assert first.wait() == 0
-    assert took < 3, f"the handover took {took:.1f} s"  # about 0.6 s; the machine may be busy
+    assert took < 20, f"the handover took {took:.1f} s"
     assert not second.said("lane lost")
     site.seed(name, 1_000)
     assert len(check_exactly_once(site)) == 2_000
 
 
 def test_two_relays_share_the_lanes_and_one_that_stops_leaves_them_to_the_other(
-    make_site: Callable[[int], Site], topic: MakeTopic
+    make_site: Callable[[int], Site], topic: MakeTopic, tmp_path: Path
 ) -> None:
     site = make_site(4)
     name = topic(4)
-    first = site.relay()
+    attentive = patched(tmp_path, ATTENTIVE)
+    first = site.relay(**attentive)
     for lane in range(4):
         first.wait_for("lane taken", lane=lane)
-    second = site.relay()
+    second = site.relay(**attentive)
     second.wait_for("lane taken", count=2)
     owners = [owner for (owner,) in site.rows("SELECT owner FROM outbox.lane")]
     assert sorted(owners.count(owner) for owner in set(owners)) == [2, 2]
@@ -690,12 +694,12 @@ def test_kafka_away_at_the_start_is_said_once_and_waited_for(make_database: Make
     with Site(make_database(), own_kafka.bootstrap) as site:
         try:
             site.seed(name, 100)
-            impatient = site.relay()
+            impatient = site.relay(OUTBOX_KAFKA_TIMEOUT="60")
             while not site.value(SESSIONS):
                 pass  # each look waits for the database: no busy loop
             began = time.monotonic()
             assert impatient.stop() == 0
-            assert time.monotonic() - began < 10, "SIGTERM does not wait for Kafka"
+            assert time.monotonic() - began < 20, "SIGTERM does not wait for Kafka"
             relay = site.relay(**IMPATIENT)
             relay.wait_for("kafka away")
         finally:

@@ -32,6 +32,9 @@ from tests.conftest import MakeDatabase, MakeTopic, started
 from tests.relay_process import PATIENCE, Comparison, Reader, RelayProcess, Site, compare, database_of, id_of
 from tests.servers import Kafka, Postgres
 
+SHORT = {"OUTBOX_LEASE": "1"}
+"""A dead relay's lane is free after a second."""
+
 KILL_BEFORE_DELETE = {"OUTBOX_FAILPOINT": "commit:1"}
 LANE = "SELECT batch, released, halted FROM outbox.lane WHERE lane = 0"
 
@@ -43,7 +46,7 @@ class Restorable(Site):
         self.server = server
         url = server.create_database(f"restored-{uuid4().hex[:12]}")
         migrate(url)
-        super().__init__(url, kafka.bootstrap)
+        super().__init__(url, kafka.bootstrap, **SHORT)
 
     def backup(self) -> Path:
         self.server.stop()
@@ -88,7 +91,7 @@ def make_site(make_database: MakeDatabase, kafka: Kafka) -> Iterator[Callable[..
     made: list[Site] = []
 
     def make(url: str | None = None, bootstrap: str = kafka.bootstrap, lanes: int = 1) -> Site:
-        made.append(Site(url or make_database(lanes), bootstrap))
+        made.append(Site(url or make_database(lanes), bootstrap, **SHORT))
         return made[-1]
 
     yield make

@@ -126,7 +126,6 @@ def lanes_of(postgres: Postgres) -> Any:
 keys = st.none() | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(keys, st.uuids()), min_size=1), st.integers(2, MAX_LANES))
 def test_a_lane_is_the_hash_of_the_key_or_without_one_of_the_id(
     lanes_of: Any, rows: list[tuple[str | None, UUID]], count: int
@@ -136,7 +135,7 @@ def test_a_lane_is_the_hash_of_the_key_or_without_one_of_the_id(
     ]
 
 
-@settings(deadline=None, max_examples=5)
+@settings(max_examples=5)
 @given(st.integers(1, MAX_LANES))
 def test_all_lanes_are_used_and_about_equally(lanes_of: Any, count: int) -> None:
     rows = [(f"key-{number}", UUID(int=number)) for number in range(count * 100)]

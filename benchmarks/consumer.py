@@ -1,6 +1,7 @@
 """`consumer`: events a second from Kafka into a table of the handler's own, exactly once; batches, and one by one."""
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from examples.chip_quality import events
 from examples.chip_quality.events import QualityEvent, QualityEventType
 from outbox.catalogue import Catalogue
 from outbox.consumer import Consumer, Limits, Meta
+from outbox.consumer.commands import GC_THRESHOLD
 
 BATCH = 500
 KEYS = 1_000
@@ -93,6 +95,7 @@ def _round(stage: Stage, url: str, register: Register, count: int, warming: int,
     warming = min(warming, count)
     _fill(stage, topic, count + warming)
     stage.postgres.execute("TRUNCATE score, outbox.inbox; CHECKPOINT", "consumer")
+    gc.set_threshold(GC_THRESHOLD)  # as `outbox consume` does
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_consume(stage, url, topic, register, count, warming, limits))
 

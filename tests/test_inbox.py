@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
@@ -392,3 +393,96 @@ def test_the_default_id_reads_a_real_confluent_message() -> None:
 
     methods: list[Callable[..., Any]] = [Message.headers, Message.topic, Message.partition, Message.offset]
     assert all(callable(method) for method in methods)
+
+
+# --- Messages of other clients, bare connections, one message ---
+
+
+def of_aiokafka(header: bytes | None) -> Any:
+    from aiokafka.structs import ConsumerRecord
+
+    headers = [("ce_type", b"t"), *([] if header is None else [("ce_id", header)])]
+    return ConsumerRecord("things", 3, 42, 0, 0, None, b"v", None, 0, 1, headers)
+
+
+def of_faststream(header: bytes | None) -> Any:
+    """As its parser makes them: the record inside, headers as text by name."""
+    from faststream.kafka.message import KafkaMessage as StreamMessage
+
+    raw = of_aiokafka(header)
+    headers = {name: value.decode() for name, value in raw.headers}
+    return StreamMessage(raw_message=raw, body=b"v", headers=headers, consumer=None)  # type: ignore[arg-type] # not asked
+
+
+@pytest.mark.parametrize("make", [of_aiokafka, of_faststream])
+def test_messages_of_other_clients_are_claimed_as_they_come(
+    engine: sa.Engine, inbox: Inbox, make: Callable[[bytes | None], Any]
+) -> None:
+    batch = [make(str(uuid7()).encode()) for _ in range(3)]
+    with Session(engine) as session:
+        assert inbox.claim(session, [*batch, batch[0]]) == batch
+        assert inbox.claim(session, batch) == []
+        with pytest.raises(InvalidMessage, match=r"the message at things \[3\] offset 42 has no header ce_id"):
+            inbox.claim(session, [make(None)])
+
+
+async def test_bare_asyncpg_claims_in_its_transaction_and_nowhere_else(database: str, inbox: Inbox) -> None:
+    connection = await asyncpg.connect(as_role(database, ROLES.inbox))
+    batch = records(4)
+    try:
+        async with connection.transaction():
+            assert await inbox.claim_asyncpg(connection, [*batch[:2], batch[0]]) == batch[:2]
+        transaction = connection.transaction()
+        await transaction.start()
+        assert await inbox.claim_asyncpg(connection, batch) == batch[2:]
+        await transaction.rollback()
+        async with connection.transaction():
+            assert await inbox.claim_asyncpg(connection, batch) == batch[2:]
+            assert await inbox.claim_asyncpg(connection, []) == []
+        with pytest.raises(TransactionError, match="in no transaction"):
+            await inbox.claim_asyncpg(connection, batch)
+        async with connection.transaction():
+            with pytest.raises(MigrationError, match="outbox migrate --schema nowhere URL"):
+                await Inbox("analytics", schema="nowhere").claim_asyncpg(connection, batch)
+    finally:
+        await connection.close()
+
+
+def test_once_is_true_once_and_an_error_that_is_caught_takes_the_claim_along(engine: sa.Engine, inbox: Inbox) -> None:
+    [one] = records(1)
+    with Session(engine) as session:
+        with suppress(ZeroDivisionError), inbox.once(session, one) as first:
+            assert first
+            _ = 1 / 0
+        with inbox.once(session, one) as first:
+            assert first, "the failed block was undone, the claim with it"
+        session.commit()
+        with inbox.once(session, one) as first:
+            assert not first
+        session.rollback()
+    with Session(engine) as session, pytest.raises(InvalidMessage), inbox.once(session, Record(None)):
+        pytest.fail("a message without an id has no effect")
+
+
+def test_once_leaves_no_savepoint_open_where_the_claim_fails(engine: sa.Engine) -> None:
+    with Session(engine) as session:
+        with pytest.raises(MigrationError), Inbox("c", schema="nowhere").once(session, records(1)[0]):
+            pytest.fail("there is no table")
+        assert session.get_nested_transaction() is None
+        assert session.scalar(sa.text("SELECT 1")) == 1
+
+
+async def test_once_is_for_an_async_session_too(database: str, inbox: Inbox) -> None:
+    async_engine = create_async_engine(as_role(database, ROLES.inbox).replace("postgresql://", "postgresql+asyncpg://"))
+    [one] = records(1)
+    async with AsyncSession(async_engine) as session:
+        with suppress(ZeroDivisionError):
+            async with inbox.once(session, one) as first:
+                assert first
+                _ = 1 / 0
+        async with inbox.once(session, one) as first:
+            assert first
+        await session.commit()
+        async with inbox.once(session, one) as first:
+            assert not first
+    await async_engine.dispose()

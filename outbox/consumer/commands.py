@@ -5,8 +5,10 @@ current directory first.
 """
 
 import asyncio
+import gc
 import importlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -24,6 +26,9 @@ from outbox.consumer.store import DeadMessage, decoded
 from outbox.errors import UsageError
 from outbox.migrate import with_connection
 from outbox.tables import SCHEMA
+
+GC_THRESHOLD = 100_000
+"""Objects made before the garbage collector looks for cycles. Python's 700 has it walk what is in hand all the time."""
 
 _app = click.argument("app")
 
@@ -74,7 +79,11 @@ def consume(app: str, metrics_port: int | None) -> None:
     consumer = consumer_of(app)
     if metrics_port is not None:
         _serve_metrics(consumer, metrics_port)
+    gc.set_threshold(GC_THRESHOLD)
     _run(_consume(consumer))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a `def` handler that has outlived the deadline cannot be cancelled, and would hold its thread
 
 
 async def _consume(consumer: Consumer) -> None:

@@ -122,7 +122,8 @@ class Feed:
         self._to_commit: dict[Place, int] = {}
         self._ends: dict[Place, int] = {}
         self._look_at = 0.0
-        self._paused = False
+        self._paused: bool | None = False
+        """None: partitions came, and are not as the others may be."""
         self._draining = threading.Event()
         self._closing = threading.Event()
         self._ended = asyncio.Event()
@@ -178,9 +179,9 @@ class Feed:
                 log.warning("the group was not left in order", error=repr(error))
 
     def _round(self) -> None:
-        room = not self._draining.is_set() and self._budget.wait_for_room(STALL)
-        if room == self._paused:
-            self._pause(not room)
+        paused = self._draining.is_set() or not self._budget.wait_for_room(STALL)
+        if paused is not self._paused:
+            self._pause(paused)
         with self._lock:
             offsets, self._to_commit = self._to_commit, {}
         if offsets:
@@ -218,7 +219,7 @@ class Feed:
         self._paused = paused
 
     def _on_assign(self, _: Any, partitions: Sequence[Any]) -> None:
-        self._paused = False  # what is new is not paused: the next round decides
+        self._paused = None
         self._tell(self._owner.assigned, _places(partitions))
 
     def _on_revoke(self, _: Any, partitions: Sequence[Any]) -> None:

@@ -235,10 +235,8 @@ class _Partition:
         self.idle.set()
         self.unended: set[str] = set()
         """Events whose attempt was written down, and was given up without a death."""
-
-    @property
-    def recorded(self) -> bool:
-        return self.to_record > 0
+        self.cut = False
+        """A unit was cancelled: a thread, or the database, may still be at it."""
 
     async def pause(self, seconds: float) -> None:
         try:
@@ -260,8 +258,6 @@ class _Partition:
 class Process:
     """The hold of what is not of one partition: it lasts until the process ends."""
 
-    recorded = False
-
     def __init__(self) -> None:
         self.gone = asyncio.Event()
 
@@ -276,12 +272,13 @@ class Process:
 class _Unit:
     """Messages at work, and whose they are."""
 
-    __slots__ = ("lane", "messages", "partition")
+    __slots__ = ("lane", "messages", "partition", "recorded")
 
     def __init__(self, lane: Lane, messages: list[Meta], partition: _Partition) -> None:
         self.lane = lane
         self.messages = messages
         self.partition = partition
+        self.recorded = partition.to_record > 0
 
 
 class _Run:
@@ -452,7 +449,7 @@ class _Run:
 
     async def _leave(self, leaving: list[_Partition]) -> None:
         """Say that nothing is at work, where it is so; or the next owner looks for what has killed us."""
-        clean = [partition.place for partition in leaving if partition.idle.is_set() and partition.early is None]
+        clean = [one.place for one in leaving if one.idle.is_set() and one.early is None and not one.cut]
         unended = {event_id for partition in leaving for event_id in partition.unended}
 
         def left(session: Session, _: Any) -> None:
@@ -504,10 +501,11 @@ class _Run:
         self._dispatch()
 
     async def _take(self, unit: _Unit) -> None:
-        await self._effects.take(unit.messages, unit.partition)
+        await self._effects.take(unit.messages, unit.partition, recorded=unit.recorded)
 
     async def _take_suspects(self, unit: _Unit) -> None:
         """One after the other, while nothing else is at work: who dies now is known."""
+        unit.recorded = True
         try:
             for meta in unit.messages:
                 await self._effects.take_suspect(meta, self._suspects.get(meta.event_id, 0), unit.partition)
@@ -517,19 +515,21 @@ class _Run:
 
     async def _finish(self, unit: _Unit, work: Any) -> None:
         partition, done = unit.partition, False
-        recorded = partition.recorded
         try:
             await work
             done = True
         except Gone:
             pass
+        except asyncio.CancelledError:
+            partition.cut = True
+            raise
         except Exception as error:  # noqa: BLE001 - it is raised by run()
             self.failed(error)
         finally:
             if done:
                 partition.offsets.done(meta.offset for meta in unit.messages)
                 partition.to_record = max(0, partition.to_record - len(unit.messages))
-            elif recorded:
+            elif unit.recorded:
                 partition.unended |= {meta.event_id for meta in unit.messages}
             self._budget.give_back(len(unit.messages), sum(meta.size for meta in unit.messages))
             self._lanes.done(unit.lane)

@@ -129,11 +129,15 @@ class Offsets:
 
 
 class Budget:
-    """How many messages, and how many of their bytes, may be in hand at once. Thread-safe."""
+    """How many messages, and how many of their bytes, may be in hand at once. Thread-safe.
+
+    Once it is full there is room again only when a tenth of it is free: who waits is not woken for each message.
+    """
 
     def __init__(self, messages: int, size: int) -> None:
         self._limits = messages, size
         self._messages = self._size = 0
+        self._full = False
         self._room = threading.Condition()
 
     @property
@@ -152,12 +156,15 @@ class Budget:
         with self._room:
             self._messages -= messages
             self._size -= size
-            self._room.notify_all()
+            if self._full and self._is_below(0.9):
+                self._full = False
+                self._room.notify_all()
 
     def wait_for_room(self, timeout: float) -> bool:
         """Whether more may be taken; waits for it, up to `timeout` seconds."""
         with self._room:
-            return self._room.wait_for(self._has_room, timeout)
+            self._full = self._full or not self._is_below(1)
+            return self._room.wait_for(lambda: not self._full, timeout)
 
-    def _has_room(self) -> bool:
-        return self._messages < self._limits[0] and self._size < self._limits[1]
+    def _is_below(self, share: float) -> bool:
+        return self._messages < self._limits[0] * share and self._size < self._limits[1] * share

@@ -92,11 +92,6 @@ class HandlerFailed(Exception):  # noqa: N818 - named for what happened
 class Hold(Protocol):
     """What keeps a unit in hand: a partition, while it is ours."""
 
-    @property
-    def recorded(self) -> bool:
-        """Whether the attempts at its messages are written down before they begin."""
-        ...
-
     async def pause(self, seconds: float) -> None:
         """Wait; raises Gone as soon as the partition is not ours."""
         ...
@@ -134,19 +129,20 @@ class Effects:
         self.held: set[Key] = set()
         """Keys that may have a dead message. One that is not in it has none: only who has the partition parks."""
 
-    async def take(self, messages: Sequence[Meta], hold: Hold) -> None:
+    async def take(self, messages: Sequence[Meta], hold: Hold, *, recorded: bool = False) -> None:
         """All of these have their effect when this returns, or are parked, or nobody's.
 
+        `recorded`: that it was begun is written down before, and that it has ended is part of the transaction.
         Raises Gone when `hold` is lost before; ConsumerStopped where the policy says so; what is no message's fault (a
         table or a privilege that is missing) as it is.
         """
         items = await self._read(messages, hold)
         if not items:
             return
-        if hold.recorded:
+        if recorded:
             ids = [item.meta.event_id for item in items]
             await self.patiently(lambda session: self._store.begin(session, ids), hold)
-        await self._take(items, hold)
+        await self._take(items, hold, recorded)
 
     async def load_held(self, topic: str, hold: Hold) -> None:
         """The keys of a topic that have a dead message: before its first message is taken."""
@@ -157,9 +153,9 @@ class Effects:
         failures = self._topics[meta.topic].failures
         if attempts >= failures.kills - 1:  # the first death was not written down
             text = f"the process died each of the last {attempts + 1} times that this message was being handled"
-            await self._take([Item(meta, death=Death("killed", text, attempts=attempts + 1))], hold)
+            await self._take([Item(meta, death=Death("killed", text, attempts=attempts + 1))], hold, recorded=True)
         else:
-            await self.take([meta], hold)
+            await self.take([meta], hold, recorded=True)
 
     async def patiently(self, work: Callable[[Session], T], hold: Hold) -> T:
         """A transaction of our own: committed when this returns, tried again while the database is away."""
@@ -232,16 +228,16 @@ class Effects:
 
     # --- 2 to 7, until they have worked ---
 
-    async def _take(self, items: Sequence[Item], hold: Hold) -> None:
+    async def _take(self, items: Sequence[Item], hold: Hold, recorded: bool) -> None:
         attempt, trouble = 1, 0
         while True:
             try:
-                outcome = await self._database.do(lambda inner, outer: self._transact(items, inner, outer, hold))
+                outcome = await self._database.do(lambda inner, outer: self._transact(items, inner, outer, recorded))
             except HandlerFailed as failed:
                 if len(items) > 1:
                     log.warning("a batch has failed: in halves", size=len(items), error=repr(failed.__cause__))
-                    await self._take(items[: len(items) // 2], hold)
-                    return await self._take(items[len(items) // 2 :], hold)
+                    await self._take(items[: len(items) // 2], hold, recorded)
+                    return await self._take(items[len(items) // 2 :], hold, recorded)
                 attempt = await self._after_failure(items[0], failed, attempt, hold)
             except Exception as error:
                 if not is_trouble(error, in_handler=False):
@@ -277,7 +273,9 @@ class Effects:
         log.warning("the database is in the way", error=repr(getattr(error, "orig", None) or error), times=trouble)
         await hold.pause(TROUBLE.delay(trouble))
 
-    def _transact(self, items: Sequence[Item], session: Session, given: Session | AsyncSession, hold: Hold) -> _Outcome:
+    def _transact(
+        self, items: Sequence[Item], session: Session, given: Session | AsyncSession, recorded: bool
+    ) -> _Outcome:
         by_id = {item.meta.event_id: item for item in reversed(items)}
         ordered = [item for item in items if by_id[item.meta.event_id] is item]  # of repeats, the first
         known = {str(id_) for id_ in self._inbox.claim_ids(session, by_id)}  # 2
@@ -289,7 +287,7 @@ class Effects:
                 self._outbox.add(session, *events)  # 5
             if dying:
                 self._store.park(session, dying)  # 6
-            if hold.recorded:
+            if recorded:
                 self._store.end(session, list(by_id))
             session.commit()  # 7
         except Exception as error:

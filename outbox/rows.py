@@ -76,6 +76,8 @@ class Driver(NamedTuple):
 
     placeholder: str
     """`{}` is its number."""
+    percent: str
+    """A percent sign in the statement."""
     array: Callable[[Element, Iterable[Any]], Any]
 
 
@@ -83,8 +85,8 @@ def _written(element: Element, column: Iterable[Any]) -> str:
     return "{" + ",".join(["NULL" if value is None else element(value) for value in column]) + "}"
 
 
-ASYNCPG = Driver("${}", lambda _, column: column)
-OTHERS = Driver("%s", _written)
+ASYNCPG = Driver("${}", "%", lambda _, column: column)
+OTHERS = Driver("%s", "%%", _written)
 
 
 class Inserts:
@@ -93,8 +95,10 @@ class Inserts:
     def __init__(self, schema: str, driver: Driver) -> None:
         """`schema`: the SQL schema."""
 
+        name = quoted(schema).replace("%", driver.percent)
+
         def sql(template: str, count: int) -> str:
-            return template.format(*map(driver.placeholder.format, range(1, count + 1)), schema=quoted(schema))
+            return template.format(*map(driver.placeholder.format, range(1, count + 1)), schema=name)
 
         self._array = driver.array
         self._row, self._rows, self._schemas = sql(_ROW, 7), sql(_ROWS, 7), sql(_SCHEMAS, 3)

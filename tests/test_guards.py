@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import asyncpg
+import psycopg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
@@ -154,6 +155,19 @@ async def test_asyncpg_and_asyncsession_meet_the_limit_too(engine: sa.Engine, da
             await session.commit()
     await async_engine.dispose()
     assert keys(engine) == ["0", "1", "2", "3"]
+
+
+async def test_bare_psycopg_meets_the_limit_too(engine: sa.Engine, database: str) -> None:
+    counted(engine, Outbox(CATALOGUE), 3)
+    full, async_full = Outbox(CATALOGUE, max_backlog=3), Outbox(CATALOGUE, max_backlog=3)
+    with psycopg.connect(database) as connection:
+        async with await psycopg.AsyncConnection.connect(database) as async_connection:
+            for _ in range(2):  # by a reading, and by the memory of it
+                with pytest.raises(BacklogFull):
+                    full.add_psycopg(connection, thing("lost"))
+                with pytest.raises(BacklogFull):
+                    await async_full.add_psycopg_async(async_connection, thing("lost"))
+    assert keys(engine) == ["0", "1", "2"]
 
 
 def test_the_backlog_is_read_once_a_second_at_most(engine: sa.Engine) -> None:

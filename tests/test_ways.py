@@ -4,9 +4,10 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
+from uuid import uuid4
 
 import asyncpg
 import psycopg
@@ -26,8 +27,10 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from outbox.catalogue import Catalogue
 from outbox.errors import InvalidEvent, MigrationError, TransactionError
 from outbox.message import Event
+from outbox.migrate import migrate
 from outbox.writer import Outbox
 from tests.roles import OWNER, ROLES, as_role
+from tests.servers import Postgres
 
 CATALOGUE = Catalogue(
     [
@@ -367,13 +370,24 @@ def way(request: pytest.FixtureRequest) -> Way:
     return found
 
 
-@pytest.fixture
-def url(database: str) -> str:
-    """In the role of a writer, which may do nothing with the outbox but INSERT."""
-    with psycopg.connect(database, autocommit=True) as connection:
+@pytest.fixture(scope="module")
+def site(postgres: Postgres, template: Callable[[int], str]) -> Iterator[str]:
+    """One database for all of this, which is many small tests."""
+    name = f"ways_{uuid4().hex[:12]}"
+    url = postgres.create_database(name, template(1))
+    with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(TABLE)
         connection.execute(sql.SQL("GRANT ALL ON uniq TO {}").format(sql.Identifier(ROLES.writer)))
-    return as_role(database, ROLES.writer)
+    yield url
+    postgres.drop_database(name)
+
+
+@pytest.fixture
+def url(site: str) -> str:
+    """In the role of a writer, which may do nothing with the outbox but INSERT."""
+    with psycopg.connect(site, autocommit=True) as connection:
+        connection.execute("TRUNCATE outbox.outbox, outbox.avro_schema, uniq")
+    return as_role(site, ROLES.writer)
 
 
 def there(url: str) -> tuple[list[str], list[int]]:
@@ -474,6 +488,21 @@ async def test_the_row_is_the_message(way: Way, url: str) -> None:
     assert found[2] == ("test.Thing", "own", "NULL", b"\x08NULL\x00", expected.fingerprint, None)
 
 
+async def test_a_sql_schema_of_any_name(database: str) -> None:
+    odd = "o'\"x%s {} $1"
+    migrate(database, schema=odd)
+    outbox = Outbox(CATALOGUE, schema=odd)
+    with Session(sync_engine(database)) as session, session.begin():
+        outbox.add(session, thing("1"))
+        session.execute(outbox.insert(thing("2"), thing("3")))
+    async with async_engine(database, "asyncpg").begin() as awaited:
+        await awaited.execute(outbox.insert(thing("4")))
+    with psycopg.connect(database) as connection:
+        outbox.add_psycopg(connection, thing("5"))
+        query = sql.SQL("SELECT key FROM {}.outbox ORDER BY seq").format(sql.Identifier(odd))
+        assert [key for (key,) in connection.execute(query)] == ["2", "3", "1", "4", "5"]
+
+
 # --- Bare psycopg ---
 
 
@@ -502,10 +531,10 @@ async def test_psycopg_with_cursors_of_the_services_own(url: str) -> None:
     assert there(url) == (["1", "2"], [])
 
 
-async def test_missing_tables_are_a_migration_error_for_psycopg_too(database: str) -> None:
+async def test_missing_tables_are_a_migration_error_for_psycopg_too(url: str) -> None:
     nowhere = Outbox(CATALOGUE, schema="nowhere")
-    with psycopg.connect(database) as connection, pytest.raises(MigrationError, match="--schema nowhere"):
+    with psycopg.connect(url) as connection, pytest.raises(MigrationError, match="--schema nowhere"):
         nowhere.add_psycopg(connection, thing("1"))
-    async with await psycopg.AsyncConnection.connect(database) as awaited:
+    async with await psycopg.AsyncConnection.connect(url) as awaited:
         with pytest.raises(MigrationError, match="--schema nowhere"):
             await nowhere.add_psycopg_async(awaited, thing("1"))

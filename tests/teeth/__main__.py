@@ -5,6 +5,7 @@ when something else goes wrong. The last line is `survivors N of M`; exit status
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", help="names of mutations, with commas between them", default="")
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/proof.md")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
     try:
         chosen = _chosen(options.only)
         tried = _tried(chosen)

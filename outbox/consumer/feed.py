@@ -53,6 +53,7 @@ _DEFAULTS: dict[str, Any] = {
     "auto.offset.reset": "earliest",  # Kafka's "latest" would leave out what was said before the first start
     "queued.max.messages.kbytes": 16_384,  # librdkafka's 64 MB come on top of what is in hand
     "queued.min.messages": 10_000,  # librdkafka's 100,000 are thrown away at a pause
+    "fetch.queue.backoff.ms": 10,  # librdkafka looks only once a second whether its full queue has room again
     "fetch.wait.max.ms": 100,
     "client.id": "outbox-consumer",
 }

@@ -27,6 +27,7 @@ class Meta:
         "offset",
         "partition",
         "replay",
+        "size",
         "timestamp_ms",
         "topic",
         "type",
@@ -62,6 +63,8 @@ class Meta:
         """The event's id as the inbox knows it: a uuid's text, in lower case."""
         self.flaw: str | None = None
         """Why the message has no id of its own; then `event_id` is made from where it stands."""
+        self.size = _OVERHEAD + len(key or b"") + len(value or b"")
+        """Bytes of key and value, and some for the rest: what it is counted as where memory is bounded."""
 
     @property
     def id(self) -> UUID:
@@ -72,11 +75,6 @@ class Meta:
     def timestamp(self) -> datetime | None:
         """Kafka's timestamp, in UTC."""
         return None if self.timestamp_ms is None else datetime.fromtimestamp(self.timestamp_ms / 1000, UTC)
-
-    @property
-    def size(self) -> int:
-        """Bytes of key and value, and some for the rest: what it is counted as where memory is bounded."""
-        return len(self.value or b"") + len(self.key or b"") + _OVERHEAD
 
     def header(self, name: str) -> str | None:
         """The text of the first header of this name; None where there is none."""

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -153,7 +155,7 @@ class Consumer:
         def decorate(call: F) -> F:
             self._check_kind(call)
             self.topics[name] = found
-            found.handlers.append(Handler(call, event))
+            found.add(Handler(call, event))
             return call
 
         return decorate
@@ -399,17 +401,18 @@ class _Run:
 
     def deliver(self, messages: Sequence[Meta], ends: Sequence[tuple[Place, int]]) -> None:
         ours = self._partitions
-        for meta in messages:
-            partition = ours.get((meta.topic, meta.partition))
+        for place, run in groupby(messages, key=attrgetter("topic", "partition")):
+            partition, found = ours.get(place), list(run)
             if partition is None:  # delivered just before it went
-                self._budget.give_back(1, meta.size)
+                self._budget.give_back(len(found), sum(meta.size for meta in found))
                 continue
-            self._metrics.received[meta.topic] += 1
-            partition.offsets.received(meta.offset, meta.timestamp_ms)
+            self._metrics.received[place[0]] += len(found)
+            for meta in found:
+                partition.offsets.received(meta.offset, meta.timestamp_ms)
             if partition.early is not None:
-                partition.early.append(meta)
+                partition.early += found
             else:
-                self._queue((meta,))
+                self._queue(found)
         for place, end in ends:
             if place in ours:
                 ours[place].offsets.reached(end)
@@ -466,11 +469,12 @@ class _Run:
     # --- units ---
 
     def _queue(self, messages: Sequence[Meta]) -> None:
+        """Messages of one partition."""
+        if messages and self._topics[messages[0].topic].batch:
+            self._lanes.push(Lane(messages[0].topic, messages[0].partition, None), *messages)
+            return
         for meta in messages:
-            if self._topics[meta.topic].batch:
-                key: Any = None
-            else:
-                key = meta.offset if meta.key is None else meta.key
+            key = meta.offset if meta.key is None else meta.key
             self._lanes.push(Lane(meta.topic, meta.partition, key), meta)
 
     def _dispatch(self) -> None:

@@ -44,15 +44,15 @@ class Lanes(Generic[M]):
         """Units at work."""
         return len(self._busy)
 
-    def push(self, lane: Lane, message: M) -> None:
+    def push(self, lane: Lane, *messages: M) -> None:
         """Behind what the lane has."""
         waiting = self._waiting.get(lane)
         if waiting is None:
-            self._waiting[lane] = deque((message,))
+            self._waiting[lane] = deque(messages)
             if lane not in self._busy:
                 self._ready.append(lane)
         else:
-            waiting.append(message)
+            waiting.extend(messages)
 
     def take(self) -> tuple[Lane, list[M]] | None:
         """The next unit, of a lane of which nothing is at work; None where there is none. Then call `done`."""

@@ -65,9 +65,20 @@ class Topic:
     """Messages of a unit at most. 0: one by one, and several keys of a partition at once."""
     failures: Failures
     handlers: list[Handler] = field(default_factory=list)
+    _of_class: dict[type[Any], Handler | None] = field(default_factory=dict)
+
+    def add(self, handler: Handler) -> None:
+        """One more."""
+        self.handlers.append(handler)
+        self._of_class.clear()
 
     def handler_of(self, event: AnyEvent) -> Handler | None:
-        return next((handler for handler in self.handlers if isinstance(event, handler.event)), None)
+        kind = type(event)
+        try:
+            return self._of_class[kind]
+        except KeyError:
+            found = next((handler for handler in self.handlers if issubclass(kind, handler.event)), None)
+            return self._of_class.setdefault(kind, found)
 
 
 @dataclass(slots=True)

@@ -121,6 +121,15 @@ def of_database(facts: Mapping[str, Any], meta: Meta) -> Iterator[Finding]:
         "set it to on for whoever writes events: else a crash loses transactions whose events may be in Kafka",
     )
     yield from _vacuum(facts)
+    yield _judged(
+        "planner",
+        not facts["planner"],
+        "weak",
+        f"a pooler keeps out the relay's settings {', '.join(facts['planner'])}"
+        if facts["planner"]
+        else "as it should",
+        "ALTER ROLE (the relay's) SET each of them: else a large backlog may be read whole, at each fetch",
+    )
     offset = facts["clock_offset"]
     yield _judged("clock", abs(offset) <= CLOCK_SECONDS, "weak", f"the database's is {offset:+.3f} s off ours", "NTP")
 

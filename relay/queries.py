@@ -406,30 +406,45 @@ def _lane_row(row: Any) -> LaneRow:
     )
 
 
+PLANNER = {"enable_seqscan": "off", "enable_bitmapscan": "off", "enable_sort": "off", "jit": "off"}
+"""The planner's settings in the relay's sessions: every statement of the cycle walks the index in its order. Else the
+plan that a session made, and keeps, while the table was empty reads all of a table that has grown, at each fetch, until
+an autovacuum makes it plan anew. `jit`: before PostgreSQL 18 what is switched off counts as dear, and dear is
+compiled."""
+
+
 async def _no_reset(_connection: Any) -> None:
     """No statement here leaves session state behind, so there is nothing to reset."""
 
 
 async def connect(config: RelayConfig, connections: int) -> "asyncpg.Pool[asyncpg.Record]":
-    """A pool to the service's database.
+    """A pool to the service's database, its sessions under `PLANNER` where no pooler forbids it.
 
     Raises:
         ConfigError: the database refuses us by name, password or grant; waiting does not help.
         DatabaseTrouble: it is away.
     """
     try:
-        return await asyncpg.create_pool(
-            config.database_url,
-            min_size=1,
-            max_size=connections,
-            timeout=min(10.0, config.database_timeout),
-            command_timeout=config.database_timeout,
-            statement_cache_size=100 if config.prepared_statements else 0,
-            reset=_no_reset,
-        )
+        try:
+            return await _pool(config, connections, PLANNER)
+        except asyncpg.ProtocolViolationError:  # what PgBouncer says of settings that it cannot keep for a session
+            return await _pool(config, connections, {})
     except REFUSED as error:
         raise ConfigError(f"the database refuses the relay: {error}") from error
     except ValueError as error:
         raise ConfigError(f"OUTBOX_DATABASE_URL cannot be used: {error}") from error
     except TROUBLE as error:
         raise DatabaseTrouble(f"the database cannot be reached: {type(error).__name__}: {error}") from error
+
+
+async def _pool(config: RelayConfig, connections: int, settings: Mapping[str, str]) -> "asyncpg.Pool[asyncpg.Record]":
+    return await asyncpg.create_pool(
+        config.database_url,
+        min_size=1,
+        max_size=connections,
+        timeout=min(10.0, config.database_timeout),
+        command_timeout=config.database_timeout,
+        statement_cache_size=100 if config.prepared_statements else 0,
+        reset=_no_reset,
+        server_settings=dict(settings),
+    )

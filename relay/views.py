@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from relay.queries import PLANNER
+
 if TYPE_CHECKING:
     import asyncpg
 
@@ -260,13 +262,16 @@ class Views:
             SELECT current_setting('server_version') AS version, pg_is_in_recovery() AS standby,
                    current_setting('fsync') AS fsync, current_setting('full_page_writes') AS full_page_writes,
                    current_setting('autovacuum') AS autovacuum,
+                   ARRAY(SELECT name || ' = off' FROM pg_settings
+                          WHERE name = ANY($1) AND setting <> 'off' ORDER BY name) AS planner,
                    date_part('epoch', clock_timestamp()) AS epoch,
                    (SELECT seqcache FROM pg_sequence
                      WHERE seqrelid = pg_get_serial_sequence('{s}.outbox', 'seq')::regclass) AS cache,
                    (SELECT array_agg(option) FROM pg_class, unnest(reloptions) AS option
                      WHERE pg_class.oid = '{s}.outbox'::regclass) AS options,
                    pg_stat_get_dead_tuples('{s}.outbox'::regclass) AS dead_rows
-            """
+            """,
+            list(PLANNER),
         )
         offset = row["epoch"] - (before + time.time()) / 2
         asynchronous = await self._pool.fetch(

@@ -42,6 +42,7 @@ FACTS: dict[str, Any] = {
     },
     "dead_rows": 0,
     "clock_offset": 0.0,
+    "planner": [],
     "synchronous_commit": [("this user", "on")],
     "missing_grants": [],
 }
@@ -79,6 +80,7 @@ def test_a_sound_database_and_cluster_are_sound_in_every_point() -> None:
         ({"synchronous_commit": [("this user", "on"), ("role app", "off")]}, ("synchronous_commit", "weak")),
         ({"autovacuum": "off"}, ("autovacuum", "weak")),
         ({"options": {**FACTS["options"], "autovacuum_enabled": "false"}}, ("autovacuum", "weak")),
+        ({"planner": ["enable_seqscan = off"]}, ("planner", "weak")),
         ({"options": {}}, ("autovacuum", "weak")),
         ({"dead_rows": 5_000_000}, ("dead rows", "weak")),
         ({"clock_offset": -60.0}, ("clock", "weak")),

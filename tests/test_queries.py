@@ -651,6 +651,27 @@ async def test_a_fetch_and_a_delete_touch_their_rows_and_no_more(
     assert read < 1_000, f"a fetch of 500 rows touched {read} blocks"
 
 
+async def test_a_plan_that_is_kept_from_when_the_table_was_empty_is_good_when_it_has_grown(
+    queries: Queries, db: Any, outbox: Outbox
+) -> None:
+    outbox.rows("ALTER TABLE outbox.outbox SET (autovacuum_enabled = off)")
+    outbox.add(1)
+    outbox.rows("DELETE FROM outbox.outbox")
+    outbox.rows("VACUUM ANALYZE outbox.outbox")  # no page is left, and PostgreSQL knows it
+    for batch in range(6):  # the sixth plan is generic, and stays
+        assert await fetched(queries, db, batch=batch) == []
+        assert await advanced(queries, db, ((1, 2),), before=batch, batch=batch + 1)
+    outbox.rows(SEED_200K)
+    [low] = outbox.rows("SELECT min(seq) FROM outbox.outbox")[0]
+    before = await _blocks(db, outbox)
+    assert len(await queries.fetch(db, 0, 6, low + 100_000, (), 500, 1 << 24)) == 500
+    read = await _blocks(db, outbox) - before
+    assert await advanced(queries, db, ((low + 100_000, low + 100_500),), before=6, batch=7)
+    deleted = await _blocks(db, outbox) - before - read
+    assert read < 1_000, f"a fetch of 500 rows touched {read} blocks"
+    assert deleted < 2_000, f"a delete of 500 rows touched {deleted} blocks"
+
+
 async def _blocks(db: Any, outbox: Outbox) -> int:
     """Blocks of the outbox and its index that this server's processes have touched."""
     await db.fetchval("SELECT pg_stat_force_next_flush()")

@@ -44,9 +44,9 @@ class Sizes:
 
     seconds: float = 10.0
     """Of each round; its first `settling` seconds come on top and do not count."""
-    rounds: int = 2
+    rounds: int = 3
     settling: float = 3.0
-    warming: int = 2
+    warming: int = 4
     """Unmeasured rounds of the heavier load before all, of each contender. Thousands of small transactions: the
     broker's JIT has to meet their code, of which a drain runs little."""
 

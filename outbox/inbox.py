@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
 from outbox.errors import InvalidMessage, TransactionError, UsageError
+from outbox.rows import ASYNCPG, OTHERS, Driver
 from outbox.tables import SCHEMA, quoted, tables
 from outbox.transaction import (
     AnySession,
@@ -34,9 +35,9 @@ M = TypeVar("M")
 # What comes back is what was claimed before: mostly nothing, where the claimed would be all (500 new ids: 2.4 ms of
 # the client's CPU less).
 _CLAIM = """WITH given AS (
-    SELECT id FROM unnest(CAST(string_to_array(:ids, ' ') AS uuid[])) AS event (id)
+    SELECT id FROM unnest(CAST(string_to_array(CAST({ids} AS text), ' ') AS uuid[])) AS event (id)
 ), claimed AS (
-    INSERT INTO {schema}.inbox (consumer, event_id) SELECT :consumer, id FROM given ORDER BY id
+    INSERT INTO {schema}.inbox (consumer, event_id) SELECT CAST({consumer} AS text), id FROM given ORDER BY id
     ON CONFLICT DO NOTHING
     RETURNING event_id
 )
@@ -102,7 +103,7 @@ class Inbox:
         self.table = tables(schema).tables[f"{schema}.inbox"]
         """The table as SQLAlchemy knows it: for the `binds` of a session with several databases."""
         self._bind_clause = sa.insert(self.table)
-        self._claim = sa.text(_CLAIM.format(schema=quoted(schema)))
+        self._claim_asyncpg, self._claim_others = _claim_for(ASYNCPG, schema), _claim_for(OTHERS, schema)
         self._purge = sa.text(_PURGE.format(schema=quoted(schema)))
 
     def claim(
@@ -151,9 +152,8 @@ class Inbox:
             )
         if not by_id:
             return []
-        sql = self._claim.text.replace(":ids", "$1").replace(":consumer", "$2::text")
         with explained(self.schema):
-            known = await connection.fetch(sql, _joined(by_id), self.consumer)
+            known = await connection.fetch(self._claim_asyncpg, _joined(by_id), self.consumer)
         # asyncpg's own UUID is equal to the standard one, and hashes as it does
         return _first_seen(by_id, {row[0] for row in known})
 
@@ -163,8 +163,10 @@ class Inbox:
         if not joined:
             return set()
         with explained(self.schema):
-            parameters = {"consumer": self.consumer, "ids": joined}
-            return set(self._connection(session).scalars(self._claim, parameters))
+            connection = self._connection(session)
+            sql = self._claim_asyncpg if connection.dialect.driver == "asyncpg" else self._claim_others
+            # In the driver's own SQL: a tenth of what a message that comes alone costs is saved.
+            return set(connection.exec_driver_sql(sql, (joined, self.consumer)).scalars())
 
     def once(
         self,
@@ -212,6 +214,11 @@ class Inbox:
         connection = target.connection(bind_arguments={"clause": self._bind_clause})
         refuse_autocommit(connection)
         return connection
+
+
+def _claim_for(driver: Driver, schema: str) -> str:
+    name = quoted(schema).replace("%", driver.percent)
+    return _CLAIM.format(schema=name, ids=driver.placeholder.format(1), consumer=driver.placeholder.format(2))
 
 
 def _plain(session: "AsyncSession | async_scoped_session[Any]") -> AsyncSession:

@@ -178,10 +178,10 @@ def test_the_report_shows_each_way_to_write_and_where_its_time_goes() -> None:
 def test_the_report_shows_what_a_consumer_takes_in_batches_and_one_by_one() -> None:
     way = {"events_per_s": 31_000, "rounds": [30_000, 31_000], "cpu_s": {"consumer": 4.5, "broker": None}, "lost": 0}
     one = {**way, "events_per_s": 900}
-    consumer = {**RESULTS[0], "bench": "consumer", "batch": 500, "ways": {"batches": way, "one by one": one}}
+    consumer = {**RESULTS[0], "bench": "consumer", "batch": 500, "ways": {"batches": way, "one by one, 8 at once": one}}
     text = report({"consumer": consumer})
     assert "| consumer: events a second in batches | 31,000 | ≥ 30,000 | met |" in text
-    assert "| consumer: events a second one by one | 900 | ≥ 1,200 | missed |" in text
+    assert "| consumer: one by one, 8 keys at once | 900 | ≥ 1,200 | missed |" in text
     assert "| batches | 31,000 | 30,000 31,000 | consumer 4.5, broker None | 0 |" in text
 
 

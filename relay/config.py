@@ -102,7 +102,7 @@ class RelayConfig:
     on it."""
     poll_shortest: float = 0.0015
     """Wait before the next fetch right after an event. Shorter: less latency, more CPU."""
-    poll_longest: float = 0.05
+    poll_longest: float = 0.1
     """Wait between fetches of an idle lane."""
     keepalive: float = 3_600.0
     """An idle lane writes its progress again so often: Kafka forgets offsets (7 days) and transactional ids (7 days)

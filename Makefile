@@ -44,5 +44,5 @@ $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=…")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[relay,migrations,registry,check,metrics,uvloop]' --group dev
+	$(BIN)/python -m pip install --quiet --editable '.[relay,migrations,registry,check,metrics,otel,uvloop]' --group dev
 	@touch $@

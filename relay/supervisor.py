@@ -39,6 +39,7 @@ from relay.worker import LaneWorker, Shared
 
 if TYPE_CHECKING:
     from relay.registry import Registry
+    from relay.tracing import Tracing
 
 log = structlog.get_logger("relay")
 
@@ -72,6 +73,9 @@ SILENCE = 60.0
 
 SILENCE_LONGEST = 3_600.0
 """More than that it is not doubled to."""
+
+_TRACES = ("OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+"""Who sets one of these variables wants traces, as OpenTelemetry has them; the rest is read by relay/tracing.py."""
 
 T = TypeVar("T")
 
@@ -186,7 +190,7 @@ class Relay:
             return
         queries = Queries(pool, self._config.schema)
         threads = ThreadPoolExecutor(THREADS, thread_name_prefix="kafka")
-        registry = None
+        registry = tracing = None
         try:
             registry = _registry(self._config, queries, threads)
             meta = await self._patiently("database", lambda: self._opened(queries))
@@ -202,7 +206,8 @@ class Relay:
                 version=version("kafka-outbox"),
             )
             metrics = self._monitor.metrics if self._monitor else None
-            shared = Shared(self._config, self._id, meta, queries, threads, self._failpoint, registry, metrics)
+            tracing = _tracing(meta.name, str(self._id))
+            shared = Shared(self._config, self._id, meta, queries, threads, self._failpoint, registry, metrics, tracing)
             while not self._stopping.is_set():
                 await self._patiently("database", lambda: self._tick(shared))
                 await self._sleep(TICK * random.uniform(0.8, 1.2))  # noqa: S311 -- jitter, no secret
@@ -212,6 +217,8 @@ class Relay:
             if registry is not None:
                 registry.close()
             pool.terminate()
+            if tracing is not None:
+                tracing.close()
             log.info("relay stopped", relay=str(self._id))
 
     # ---- start -------------------------------------------------------------------------------------------------------
@@ -394,6 +401,18 @@ def _registry(config: RelayConfig, queries: Queries, threads: ThreadPoolExecutor
     from relay.registry import Registry
 
     return Registry(config, queries, threads)
+
+
+def _tracing(outbox: str, instance: str) -> "Tracing | None":
+    """Late: without OpenTelemetry's variables the relay needs none of its packages."""
+    if not any(os.environ.get(name) for name in _TRACES):
+        return None
+    try:
+        from relay import tracing
+    except ImportError as error:
+        log.warning("tracing off", error=f"{error}: pip install 'kafka-outbox[otel]'")
+        return None
+    return tracing.opened(os.environ, outbox, instance)
 
 
 def _state(lane: int, held: _Held | None, trouble: _Trouble | None) -> LaneState:

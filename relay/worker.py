@@ -51,6 +51,7 @@ from relay.transaction import Transactions, peek, typed
 
 if TYPE_CHECKING:
     from relay.registry import Registry
+    from relay.tracing import Tracing
 
 log = structlog.get_logger("relay")
 
@@ -89,6 +90,8 @@ class Shared:
     """None: no schema registry; the events bear Avro's own frame."""
     metrics: Metrics | None = None
     """None: nobody asks for them."""
+    tracing: "Tracing | None" = None
+    """None: nobody asks for spans."""
 
     async def thread(self, call: Callable[..., T], *args: Any, seconds: float | None = None) -> T:
         """What `call` gives, from a thread. `seconds`: how long it may wait for Kafka, by default `kafka_timeout`.
@@ -387,6 +390,8 @@ class _Cycle:
         source = shared.config.source or f"/outbox/{shared.meta.name}"
         self._records = Records(source, frames, time=shared.config.ce_time)
         self._finishing: dict[int, _Finishing] = {}
+        self._begun: dict[int, _Fetched] = {}
+        """Batches in Kafka transactions that were not acknowledged."""
         self.doubted = False
         self._last_event = self.turned_at = time.monotonic()
         # How long ago the progress was written is not known here: a relay that crashes each hour would let it expire.
@@ -410,6 +415,9 @@ class _Cycle:
                 if fetched is None:
                     await self._rest()
             await self._drain()
+        except BaseException as error:
+            self._trace_unfinished(error)
+            raise
         finally:
             await self._cancel()
 
@@ -544,6 +552,7 @@ class _Cycle:
         if not self._lane.may_produce(fetched.number):
             raise IllegalStep(f"batch {fetched.number} may not be produced in {self._lane}")
         fetched.began = time.monotonic()
+        self._begun[fetched.number] = fetched
         produce = self._kafka.begin(fetched.number, fetched.closely)
         for start in range(0, len(fetched.rows), YIELD_ROWS):
             with typed("produce a batch", EventRefused):
@@ -563,11 +572,14 @@ class _Cycle:
                 self._commit_in_thread, number, fetched.metadata, seconds=self._shared.config.transaction_timeout
             )
         self._lane = self._lane.committed(number)
+        del self._begun[number]
         self._shared.failpoint.done(Step.COMMIT)
         self._metadata = fetched.metadata
         self._last_progress = time.monotonic()
         if self._shared.metrics is not None:
             self._shared.metrics.batch(fetched.rows, self._last_progress - fetched.began)
+        if self._shared.tracing is not None:
+            self._shared.tracing.batch(self._number, number, fetched.rows, self._last_progress - fetched.began)
         return suspicious
 
     def _commit_in_thread(self, number: int, metadata: str) -> str | None:
@@ -617,6 +629,12 @@ class _Cycle:
         """Wait until nothing is under way."""
         for finishing in list(self._finishing.values()):
             await finishing.delete
+
+    def _trace_unfinished(self, error: BaseException) -> None:
+        if self._shared.tracing is not None:
+            for number, fetched in self._begun.items():
+                took = time.monotonic() - fetched.began
+                self._shared.tracing.batch(self._number, number, fetched.rows, took, error)
 
     async def _cancel(self) -> None:
         """Leave no task behind. A call to Kafka that is under way in a thread ends by itself."""

@@ -8,6 +8,7 @@ Source: https://docs.confluent.io/platform/current/schema-registry/develop/api.h
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from outbox.errors import RegistryError, SchemaRefused, UsageError
@@ -46,13 +47,34 @@ NO_SETTINGS = frozenset({"OUTBOX_REGISTRY_AUTO_REGISTER", "OUTBOX_REGISTRY_SUBJE
 """Of the relay, not of the client."""
 
 
+WORDS = 1_000
+"""Most characters of an answer that an error holds: it may be a whole page."""
+
+
 def settings_from(environ: Mapping[str, str]) -> dict[str, str]:
-    """The client's settings of an environment: `a.b` is OUTBOX_REGISTRY_A_B, as it is for the relay."""
-    return {
-        name.removeprefix(PREFIX).lower().replace("_", "."): text
-        for name, text in environ.items()
-        if name.startswith(PREFIX) and name not in NO_SETTINGS
-    }
+    """The client's settings of an environment: `a.b` is OUTBOX_REGISTRY_A_B, or the content of the file that
+    OUTBOX_REGISTRY_A_B_FILE names; as it is for the relay.
+
+    Raises UsageError where both are set, or the file cannot be read.
+    """
+    settings = {}
+    for name, text in environ.items():
+        plain = name.removesuffix("_FILE")
+        if not name.startswith(PREFIX) or plain in NO_SETTINGS:
+            continue
+        if plain != name:
+            if plain in environ:
+                raise UsageError(f"{plain} and {name} are both set: remove one")
+            text = _content(name, text)
+        settings[plain.removeprefix(PREFIX).lower().replace("_", ".")] = text
+    return settings
+
+
+def _content(name: str, path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{name} names {path}, which cannot be read: {error}") from error
 
 
 class SchemaRegistry:
@@ -131,7 +153,7 @@ def _asked(call: Callable[[], Any], final: frozenset[int] = frozenset()) -> Any:
     try:
         return call()
     except SchemaRegistryError as error:
-        words = f"{error.error_message} (HTTP {error.http_status_code}, code {error.error_code})"
+        words = f"{str(error.error_message)[:WORDS]} (HTTP {error.http_status_code}, code {error.error_code})"
         refused = error.error_code in final
         raise (SchemaRefused if refused else RegistryError)(words) from error
     except Exception as error:  # httpx's, a token that cannot be had, an answer that is no JSON: all of it may pass

@@ -6,10 +6,12 @@ import gc
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import structlog
@@ -18,7 +20,7 @@ from relay.commands import check_command, config_command, dead_group, status_com
 from relay.config import RelayConfig, load
 from relay.errors import ConfigError, LaneTrouble
 from relay.failpoint import VARIABLE, Failpoint
-from relay.queries import REFUSED, TROUBLE, Queries, connect
+from relay.queries import REFUSED, TROUBLE, Queries, connect, words_of
 from relay.resolve import Choice, LanePlan, Resolver, text_of
 from relay.supervisor import Relay, opened
 from relay.transaction import check_settings
@@ -48,7 +50,7 @@ for command in (check_command, status_command, dead_group, trace_command, config
     "--config", type=click.Path(path_type=Path), help="TOML file with settings; the environment goes above it."
 )
 def run(config: Path | None) -> None:
-    """Run the relay until SIGTERM.
+    """Run the relay until SIGTERM. SIGUSR1: log level debug; SIGUSR2: back to OUTBOX_LOG_LEVEL.
 
     \b
     OUTBOX_DATABASE_URL=postgresql://localhost/orders OUTBOX_KAFKA_BOOTSTRAP_SERVERS=localhost:9092 relay run
@@ -58,7 +60,7 @@ def run(config: Path | None) -> None:
         _configure_logging(settings.log_level)
         gc.set_threshold(GC_THRESHOLD)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_run(Relay(settings, Failpoint(os.environ.get(VARIABLE)))))
+            runner.run(_run(Relay(settings, Failpoint(os.environ.get(VARIABLE))), settings.log_level))
     except ConfigError as error:
         click.echo(f"relay: {error}", err=True)
         sys.exit(EXIT_CONFIG)
@@ -102,7 +104,7 @@ def resolve(
         click.echo(f"relay: {error}", err=True)
         sys.exit(EXIT_CONFIG)
     except (LaneTrouble, *TROUBLE) as error:
-        click.echo(f"relay: {str(error) or type(error).__name__}", err=True)
+        click.echo(f"relay: {words_of(error)}", err=True)
         sys.exit(EXIT_TROUBLE)
     if as_json:
         click.echo(json.dumps({"lanes": [plan.document() for plan in resolved]}, indent=2))
@@ -118,7 +120,7 @@ async def _resolve(settings: RelayConfig, choice: Choice, lanes: tuple[int, ...]
         queries = Queries(pool, settings.schema)
         return await Resolver(settings, queries, await opened(queries, settings.schema), choice).run(lanes, apply)
     except REFUSED as error:
-        raise ConfigError(f"the database refuses: {error}") from error
+        raise ConfigError(f"the database refuses: {words_of(error)}") from error
     finally:
         pool.terminate()
 
@@ -132,9 +134,22 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-async def _run(relay: Relay) -> None:
+async def _run(relay: Relay, level: str) -> None:
     relay.handle_signals()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGUSR1, _change_level, "debug")
+    loop.add_signal_handler(signal.SIGUSR2, _change_level, level)
     await relay.run()
+
+
+def _change_level(level: str) -> None:
+    structlog.configure(wrapper_class=_filter("info"))  # so that it is said, whatever the level was and will be
+    structlog.get_logger("relay").info("log level changed", to=level)
+    structlog.configure(wrapper_class=_filter(level))
+
+
+def _filter(level: str) -> type[Any]:
+    return structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()])
 
 
 def _configure_logging(level: str) -> None:
@@ -146,9 +161,12 @@ def _configure_logging(level: str) -> None:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
-            structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer(),
+            # Without its default's local variables, which may be a payload.
+            structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+            if terminal
+            else structlog.processors.JSONRenderer(),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        wrapper_class=_filter(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from relay.cluster import INTERNAL, Cluster, Topic, look
+from relay.cluster import HIDDEN, INTERNAL, Cluster, Topic, look
 from relay.config import RelayConfig
 from relay.errors import KafkaTrouble
 from relay.queries import Meta, Queries
@@ -191,8 +191,9 @@ def of_cluster(cluster: Cluster, config: RelayConfig, meta: Meta, topics: Sequen
         yield _allowed("control topic", control.allowed, {"READ"})
     yield from _retention(cluster.settings, config)
     for name in INTERNAL:
-        if name in cluster.topics:
-            yield _kept(name, cluster.topics[name])
+        topic = cluster.topics.get(name, HIDDEN)
+        if topic is not HIDDEN:
+            yield _kept(name, topic)
     yield from _of_topics(cluster, topics)
 
 
@@ -203,7 +204,8 @@ def _of_topics(cluster: Cluster, topics: Sequence[str]) -> Iterator[Finding]:
             yield Finding(f"topic {name}", "wrong", "not there, or not shown", "make it, or its events are parked")
             continue
         yield _allowed(f"topic {name}", topic.allowed, {"WRITE"})
-        yield _kept(name, topic)
+        if topic is not HIDDEN:
+            yield _kept(name, topic)
     if not topics:
         yield Finding("topics", "unknown", "no event has named one yet, and no schema is synced")
 
@@ -280,7 +282,7 @@ async def _registry(config: RelayConfig) -> list[Finding]:
     from outbox.registry import SchemaRegistry
 
     def ask() -> None:
-        registry = SchemaRegistry({"max.retries": 0, **config.registry})
+        registry = SchemaRegistry({"max.retries": 0, **config.registry_client()})
         try:
             registry.versions("relay-check")
         finally:
@@ -288,6 +290,6 @@ async def _registry(config: RelayConfig) -> list[Finding]:
 
     try:
         await asyncio.to_thread(ask)
-    except (RegistryError, UsageError) as error:
+    except (RegistryError, UsageError, OSError) as error:
         return [Finding("registry", "wrong", str(error), "see to its URL and credentials: events wait for their ids")]
     return [Finding("registry", "ok", f"{config.registry['url']} answers")]

@@ -8,8 +8,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer, TopicCollectio
 from confluent_kafka.admin import AdminClient, ConfigResource  # type: ignore[attr-defined]  # not re-exported
 
 from relay.config import RelayConfig
-from relay.errors import KafkaTrouble
-from relay.transaction import control_topic
+from relay.transaction import control_topic, reached
 
 INTERNAL = ("__transaction_state", "__consumer_offsets")
 """Where the guarantee lives: what became of each transaction, and the lanes' progress."""
@@ -28,13 +27,17 @@ class Topic:
     """Operations that this user may do, such as WRITE; None: not known."""
 
 
+HIDDEN = Topic(0, 0, {}, frozenset())
+"""One that this user may not see: it may be there or not."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cluster:
     """A cluster as this user sees it."""
 
     brokers: int
     topics: Mapping[str, Topic]
-    """Those asked for that are there, or that this user may see."""
+    """Those asked for that are there, and those that this user may not see, as HIDDEN."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Of one broker; empty where this user may not ask."""
     group: frozenset[str] | None = None
@@ -46,13 +49,10 @@ class Cluster:
 def look(config: RelayConfig, name: str, topics: Sequence[str]) -> Cluster:
     """Ask. The one thing that is tried is to open a producer, under an id of its own (`<name>.check`).
 
-    Raises KafkaTrouble: Kafka cannot be reached.
+    Raises KafkaTrouble: Kafka cannot be reached, or does not let us in; says why.
     """
+    brokers = reached(config).brokers
     admin = AdminClient({**config.client(), "log_level": 0})
-    try:
-        brokers = admin.list_topics(timeout=config.kafka_timeout).brokers
-    except KafkaException as error:
-        raise KafkaTrouble(f"Kafka cannot be reached: {error.args[0].str()}") from error
     asked = list(dict.fromkeys([*topics, control_topic(name), *INTERNAL]))
     return Cluster(
         brokers=len(brokers),
@@ -65,9 +65,15 @@ def look(config: RelayConfig, name: str, topics: Sequence[str]) -> Cluster:
 
 def _topics(admin: AdminClient, asked: list[str]) -> dict[str, Topic]:
     answers = admin.describe_topics(TopicCollection(asked), include_authorized_operations=True, request_timeout=10.0)
-    found = {name: value for name, future in answers.items() if (value := _answer(future)) is not None}
+    found, hidden = {}, {}
+    for name, future in answers.items():
+        try:
+            found[name] = future.result(15)
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                hidden[name] = HIDDEN
     settings = _settings(admin, [(ConfigResource.Type.TOPIC, name) for name in found])
-    return {
+    seen = {
         name: Topic(
             len(one.partitions),
             min((len(partition.replicas) for partition in one.partitions), default=0),
@@ -76,6 +82,7 @@ def _topics(admin: AdminClient, asked: list[str]) -> dict[str, Topic]:
         )
         for name, one in found.items()
     }
+    return {**seen, **hidden}
 
 
 def _group(admin: AdminClient, name: str) -> frozenset[str] | None:

@@ -27,7 +27,7 @@ from relay.check import Finding, check, document_of, guarantee, is_sound
 from relay.config import RelayConfig, load, masked
 from relay.dead import Change, change_parked
 from relay.errors import ConfigError, LaneHalted, LaneTrouble
-from relay.queries import REFUSED, TROUBLE, Meta, Queries, connect
+from relay.queries import REFUSED, TROUBLE, Meta, Queries, connect, words_of
 from relay.status import is_well, status, tables_of
 from relay.supervisor import opened
 from relay.trace import text_of, trace
@@ -64,7 +64,7 @@ def _asked(path: Path | None, work: Callable[[Desk], Awaitable[T]]) -> T:
         click.echo(f"relay: {error}", err=True)
         sys.exit(EXIT_CONFIG)
     except (LaneHalted, LaneTrouble, *TROUBLE) as error:
-        click.echo(f"relay: {str(error) or type(error).__name__}", err=True)
+        click.echo(f"relay: {words_of(error)}", err=True)
         sys.exit(EXIT_TROUBLE)
 
 
@@ -76,7 +76,7 @@ async def _at_desk(config: RelayConfig, work: Callable[[Desk], Awaitable[T]]) ->
         meta = await opened(queries, config.schema)
         return await work(Desk(config, queries, meta, Views(pool, config.schema)))
     except REFUSED as error:
-        raise ConfigError(f"the database refuses: {error}") from error
+        raise ConfigError(f"the database refuses: {words_of(error)}") from error
     finally:
         pool.terminate()
 
@@ -202,7 +202,7 @@ async def _watch(desk: Desk, as_json: bool) -> None:
         try:
             document = await _look(desk)
         except TROUBLE as error:
-            click.echo(f"relay: {str(error) or type(error).__name__}", err=True)
+            click.echo(f"relay: {words_of(error)}", err=True)
         else:
             if as_json:
                 click.echo(json.dumps({"at": time.time(), **document}))

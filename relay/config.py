@@ -1,6 +1,7 @@
 """The relay's settings: one frozen object, made from the environment and a TOML file, refused at construction when it
 contradicts itself."""
 
+import errno
 import math
 import os
 import re
@@ -10,9 +11,9 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
-from relay.errors import ConfigError
+from relay.errors import ConfigError, KafkaTrouble
 
 PREFIX = "OUTBOX_"
 KAFKA_PREFIX = "OUTBOX_KAFKA_"
@@ -69,7 +70,8 @@ class RelayConfig:
 
     In the environment a field `x` is `OUTBOX_X`; a librdkafka setting `a.b` is `OUTBOX_KAFKA_A_B`, one of the
     registry's client `OUTBOX_REGISTRY_A_B`. In the TOML file fields stand at the top level, and the settings of the two
-    clients in the tables `[kafka]` and `[registry]` under their own names. The environment wins.
+    clients in the tables `[kafka]` and `[registry]` under their own names. The environment wins. With `_FILE` behind it
+    (in TOML `_file`, or `.file` in a table) each of them names a file that holds its value.
 
     Raises:
         ConfigError: names the setting and the remedy.
@@ -77,6 +79,8 @@ class RelayConfig:
 
     database_url: str = field(repr=False)
     """postgresql:// URL of the service's database. Required."""
+    database_password: str | None = field(default=None, repr=False)
+    """Password of the URL's user, where the URL holds none: as it is, not percent-encoded."""
     kafka: Mapping[str, str | int | float | bool] = field(repr=False)
     """librdkafka settings; `bootstrap.servers` is required. Those in KAFKA_GUARANTEE are refused."""
     registry: Mapping[str, str | int | float | bool] = field(default_factory=dict, repr=False)
@@ -122,6 +126,9 @@ class RelayConfig:
     """True: /readyz also asks that Kafka is reached. Not for a sidecar: its application needs no Kafka to be ready."""
     log_level: str = "info"
     """debug (every batch), info (changes of state), warning, error."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Settings that `load` found in files: field, `kafka.…` or `registry.…` → path. Those for the database, Kafka and
+    the registry are read again for each new connection, so that a rotated secret needs no restart."""
 
     def __post_init__(self) -> None:
         self._check_database_url()
@@ -153,15 +160,27 @@ class RelayConfig:
             raise ConfigError(f"{_named('log_level')} is {self.log_level!r}: use debug, info, warning or error")
 
     def _check_database_url(self) -> None:
+        """No message holds a part of what is no URL: it may be the password."""
         try:
-            scheme = urlsplit(self.database_url).scheme
-        except ValueError as error:
-            raise ConfigError(f"{_named('database_url')} cannot be read: {error}") from error
-        if scheme not in ("postgresql", "postgres"):
+            parts = urlsplit(self.database_url)
+            query = parse_qs(parts.query)
+        except ValueError:
+            raise ConfigError(f"{_named('database_url')} is no URL: {ENCODE}") from None
+        if parts.scheme not in ("postgresql", "postgres"):
             raise ConfigError(
-                f"{_named('database_url')} starts with {scheme!r}: it must be a postgresql:// URL, such as "
+                f"{_named('database_url')} starts with {parts.scheme!r}: it must be a postgresql:// URL, such as "
                 "postgresql://user@host:5432/database"
             )
+        if parts.netloc.count("@") > 1:
+            raise ConfigError(f"{_named('database_url')} holds more than one @: {ENCODE}")
+        if self.database_password is not None and (":" in parts.netloc.rpartition("@")[0] or "password" in query):
+            raise ConfigError(
+                f"{_named('database_url')} and {_named('database_password')} both hold a password: remove one"
+            )
+        for name in ("sslrootcert", "sslcert", "sslkey", "sslcrl"):
+            for path in query.get(name, ()):
+                if "\0" in path or not os.access(path, os.R_OK):
+                    raise ConfigError(f"{name} in {_named('database_url')} names {path}, which cannot be read")
 
     def _check_kafka(self) -> None:
         if not self.kafka.get("bootstrap.servers"):
@@ -211,9 +230,45 @@ class RelayConfig:
         """Seconds a call inside a transaction may wait: by then the broker has aborted it."""
         return min(self.kafka_timeout, self._kafka_number("transaction.timeout.ms") / 1000)
 
+    @property
+    def database_from_file(self) -> bool:
+        """Who we are for the database stands in a file: what is refused now may be let in soon."""
+        return not self.files.keys().isdisjoint(("database_url", "database_password"))
+
+    def database(self) -> tuple[str, str | None]:
+        """URL and password for a new connection; None: the URL holds the password, or none is needed.
+
+        Raises:
+            OSError: a file cannot be read; names it.
+        """
+        now = {name: content(path) for name, path in self.files.items() if name.startswith("database_")}
+        return now.get("database_url", self.database_url), now.get("database_password", self.database_password)
+
+    def registry_client(self) -> dict[str, Any]:
+        """Settings of Confluent's registry client.
+
+        Raises:
+            OSError: a file cannot be read; names it.
+        """
+        return {**self.registry, **self._from_files("registry.")}
+
+    def _from_files(self, prefix: str) -> dict[str, str]:
+        found = {name: path for name, path in self.files.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): content(path) for name, path in found.items()}
+
+    def _kafka_now(self) -> dict[str, Any]:
+        try:
+            return {**KAFKA_DEFAULTS, **self.kafka, **self._from_files("kafka.")}
+        except OSError as error:
+            raise KafkaTrouble(f"the file of a Kafka setting cannot be read: {error}") from error
+
     def producer(self) -> dict[str, Any]:
-        """librdkafka settings of a producer, without its transactional.id."""
-        own = {**KAFKA_DEFAULTS, **self.kafka}
+        """librdkafka settings of a new producer, without its transactional.id.
+
+        Raises:
+            KafkaTrouble: a file that holds one of them cannot be read.
+        """
+        own = self._kafka_now()
         return {
             **own,
             # Otherwise an error that is like the last one is not logged for 30 s, and a connection that was at rest
@@ -225,7 +280,11 @@ class RelayConfig:
         }
 
     def client(self) -> dict[str, Any]:
-        """librdkafka settings that any client of the cluster takes: addresses, security, sockets."""
+        """librdkafka settings that any new client of the cluster takes: addresses, security, sockets.
+
+        Raises:
+            KafkaTrouble: as `producer`.
+        """
         shared = (
             "reconnect.",
             "connections.",
@@ -242,8 +301,25 @@ class RelayConfig:
             "client.",
             "enable.ssl.",
         )
-        own = {**KAFKA_DEFAULTS, **self.kafka}
-        return {name: value for name, value in own.items() if name.startswith(shared)}
+        return {name: value for name, value in self._kafka_now().items() if name.startswith(shared)}
+
+
+ENCODE = "what is special in its user and password must be percent-encoded, such as @ %40, / %2F, # %23"
+
+
+def content(path: Path) -> str:
+    """What a file holds, without the newline at its end.
+
+    Raises:
+        OSError: it cannot be read, is empty, or is no text; names it.
+    """
+    try:
+        text = path.read_text("utf-8").rstrip("\r\n")
+    except ValueError:  # also of a path that no file can have
+        raise OSError(errno.EILSEQ, "not UTF-8", str(path)) from None
+    if not text:  # a write that is under way, perhaps
+        raise OSError(errno.ENODATA, "empty", str(path))
+    return text
 
 
 MASK = "***"
@@ -255,12 +331,15 @@ _SECRET = re.compile(r"passw|secret|token|credential|user\.info|\.pem$|jaas|oaut
 
 def masked(config: RelayConfig) -> dict[str, Any]:
     """Every setting as it is in force, secrets as `***`; `kafka` as the producers have it, `registry` as it was
-    given."""
-    shown = {one.name: getattr(config, one.name) for one in fields(config)}
+    given. What came from a file is taken for a secret."""
+    shown = {one.name: _masked_setting(one.name, getattr(config, one.name)) for one in fields(config)}
     clients = {"kafka": config.producer(), "registry": config.registry}
     for name, settings in clients.items():
-        shown[name] = {key: _masked_setting(key, value) for key, value in sorted(settings.items())}
-    return {**shown, "database_url": _masked_url(config.database_url)}
+        shown[name] = {
+            key: MASK if f"{name}.{key}" in config.files else _masked_setting(key, value)
+            for key, value in sorted(settings.items())
+        }
+    return {**shown, "files": {f"{_named(name)}_FILE": str(path) for name, path in config.files.items()}}
 
 
 def _masked_setting(name: str, value: Any) -> Any:
@@ -300,21 +379,53 @@ def load(environ: Mapping[str, str] = os.environ, path: Path | None = None) -> R
     settings = _from_file(path) if path else {}
     kafka, registry = dict(settings.pop("kafka", {})), dict(settings.pop("registry", {}))
     for name, text in environ.items():
-        is_field = name[len(PREFIX) :].lower() in _field_names()
+        is_field = name[len(PREFIX) :].lower().removesuffix("_file") in _field_names()
         if name.startswith(KAFKA_PREFIX) and not is_field:
             kafka[name[len(KAFKA_PREFIX) :].lower().replace("_", ".")] = text
         elif name.startswith(REGISTRY_PREFIX) and not is_field:
             registry[name[len(REGISTRY_PREFIX) :].lower().replace("_", ".")] = text
         elif name.startswith(PREFIX) and name not in _NOT_SETTINGS and not name.startswith(_TEST_PREFIX):
             settings[_known(name[len(PREFIX) :].lower(), name)] = text
+    files = {
+        **_filled(settings, "_file"),
+        **_filled(kafka, ".file", "kafka."),
+        **_filled(registry, ".file", "registry."),
+    }
     if "database_url" not in settings:
         raise ConfigError("the database is not named: set OUTBOX_DATABASE_URL=postgresql://user@host:5432/database")
     typed = {name: _typed(name, value) for name, value in settings.items()}
-    return RelayConfig(kafka=_log_level_restored(kafka), registry=registry, **typed)
+    return RelayConfig(kafka=_log_level_restored(kafka), registry=registry, files=files, **typed)
+
+
+def _filled(settings: dict[str, Any], suffix: str, prefix: str = "") -> dict[str, Path]:
+    """Put in the place of each setting that names a file what that holds. Returned: which ones, and the paths."""
+    files = {}
+    for name in [name for name in settings if name.endswith(suffix) and name not in KAFKA_FILES]:
+        path, plain = settings.pop(name), name.removesuffix(suffix)
+        variable = _named(prefix + plain)
+        if plain in settings:
+            raise ConfigError(f"{variable} and {variable}_FILE are both set: remove one")
+        if not isinstance(path, str):
+            raise ConfigError(f"{variable}_FILE must be the path of a file, in quotes")
+        try:
+            settings[plain] = content(Path(path))
+        except OSError as error:
+            raise ConfigError(f"{variable}_FILE names {path}, which cannot be read: {error.strerror}") from error
+        files[prefix + plain] = Path(path)
+    return files
 
 
 CLIENTS: Mapping[str, str] = {"kafka": '"linger.ms" = 5', "registry": '"basic.auth.user.info" = "user:password"'}
 """The fields that hold settings of a client under its own names; each with an example in TOML."""
+
+KAFKA_FILES = frozenset(
+    {
+        "sasl.oauthbearer.assertion.file",
+        "sasl.oauthbearer.assertion.jwt.template.file",
+        "sasl.oauthbearer.assertion.private.key.file",
+    }
+)
+"""librdkafka's own settings whose names end so: the client reads these files itself."""
 
 _NOT_SETTINGS = {"OUTBOX_CONFIG", "OUTBOX_FAILPOINT"}
 _TEST_PREFIX = "OUTBOX_TEST_"
@@ -346,12 +457,12 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 
 def _field_names() -> list[str]:
-    return [f.name for f in fields(RelayConfig) if f.name not in CLIENTS]
+    return [f.name for f in fields(RelayConfig) if f.name not in (*CLIENTS, "files")]
 
 
 def _known(name: str, where: str) -> str:
     names = _field_names()
-    if name in names:
+    if name.removesuffix("_file") in names:
         return name
     near = get_close_matches(name, names, 1)
     hint = f"Did you mean {_named(near[0])}?" if near else f"Known: {', '.join(_named(n) for n in names)}"
@@ -381,9 +492,10 @@ def _typed(name: str, value: Any) -> Any:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{_named(name)} is {value!r}: it must be a number") from error
     if not isinstance(value, str):
-        raise ConfigError(f"{_named(name)} is {value!r}: it must be text")
+        raise ConfigError(f"{_named(name)} must be text, in quotes")  # it may be a password
     return value
 
 
 def _named(name: str) -> str:
-    return PREFIX + name.upper()
+    """The variable of a setting; of a client's one with the table's name before it."""
+    return PREFIX + name.upper().replace(".", "_")

@@ -12,6 +12,7 @@
         ├── TakeAgain      the two readings contradict each other, which a zombie's last step may explain
         ├── Recycle        a connection to Kafka was lost, perhaps with a request under way: new producers are due
         ├── KafkaTrouble   Kafka is away, slow, or refused something that is no event's fault
+        │   └── NotLetIn   its certificate or ours, a user or a password is not what the other side wants
         ├── DatabaseTrouble  the same of the database
         ├── EventRefused   Kafka refuses an event for good
         └── Undelivered    records were not delivered, why is not known yet
@@ -61,6 +62,11 @@ class Recycle(LaneTrouble):
 
 class KafkaTrouble(LaneTrouble):
     """Kafka is away, slow, or refused something that is no event's fault."""
+
+
+class NotLetIn(KafkaTrouble):
+    """No connection came to be: Kafka's certificate or ours, the user or the password is not what the other side
+    wants."""
 
 
 class DatabaseTrouble(LaneTrouble):

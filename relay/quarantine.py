@@ -4,6 +4,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+WORDS = 1_000
+"""Characters of an error that are kept with a parked event: a registry may answer with a whole schema, or a page."""
+
 
 class Quarantine:
     """Finds the event that Kafka refuses by taking fewer rows until it stands alone. Lives as long as the lane's
@@ -35,15 +38,15 @@ class Quarantine:
         """Kafka refused the batch of `seqs` because of those `events` of it, by place, or one of them when empty."""
         self.closely = True
         if events:
-            self._condemned.update((seqs[place], why) for place, why in events.items())
+            self.condemn({seqs[place]: why for place, why in events.items()})
         elif len(seqs) == 1:
-            self._condemned[seqs[0]] = words
+            self.condemn({seqs[0]: words})
         else:
             self.rows = max(1, len(seqs) // 8)
 
     def condemn(self, events: Mapping[int, str]) -> None:
         """Park these (seq → why): what is said of them is final, and was said before they were handed to Kafka."""
-        self._condemned.update(events)
+        self._condemned.update((seq, _short(why)) for seq, why in events.items())
 
     def published(self) -> None:
         """A batch went through."""
@@ -69,3 +72,7 @@ class Quarantine:
         """The rows are in dead_event now."""
         for seq in seqs:
             self._condemned.pop(seq, None)
+
+
+def _short(words: str) -> str:
+    return words if len(words) <= WORDS else f"{words[: WORDS - 2]} …"

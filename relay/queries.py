@@ -5,6 +5,7 @@ Each statement is a transaction of its own. None needs session state, so all pas
 are the database's: clocks of relays play no part.
 """
 
+import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from uuid import UUID
 
 import asyncpg
 
-from relay.config import RelayConfig
+from relay.config import ENCODE, RelayConfig
 from relay.errors import ConfigError, DatabaseTrouble
 from relay.lane import Runs
 
@@ -29,6 +30,23 @@ REFUSED = (
     asyncpg.UndefinedColumnError,
 )
 """What waiting does not mend: a name, a password, a grant or a migration is missing."""
+
+
+def is_final(error: BaseException, config: RelayConfig) -> bool:
+    """Whether waiting does not mend it. A password that stands in a file may be about to change there."""
+    passing = config.database_from_file and isinstance(error, asyncpg.InvalidAuthorizationSpecificationError)
+    return isinstance(error, REFUSED) and not passing
+
+
+def words_of(error: BaseException) -> str:
+    """An error in words that hold no payload: PostgreSQL's DETAIL, which is left out, may show a row."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            f"the database's certificate is not trusted: {error.verify_message.rstrip('.')}. See to sslrootcert and to "
+            "the host's name in OUTBOX_DATABASE_URL"
+        )
+    said = error.args[0] if isinstance(error, asyncpg.PostgresError) and error.args else error
+    return str(said) or type(error).__name__
 
 
 _HERE = (
@@ -418,7 +436,8 @@ async def _no_reset(_connection: Any) -> None:
 
 
 async def connect(config: RelayConfig, connections: int) -> "asyncpg.Pool[asyncpg.Record]":
-    """A pool to the service's database, its sessions under `PLANNER` where no pooler forbids it.
+    """A pool to the service's database, its sessions under `PLANNER` where no pooler forbids it. Each new connection
+    takes the URL and the password as their files hold them then.
 
     Raises:
         ConfigError: the database refuses us by name, password or grant; waiting does not help.
@@ -429,17 +448,23 @@ async def connect(config: RelayConfig, connections: int) -> "asyncpg.Pool[asyncp
             return await _pool(config, connections, PLANNER)
         except asyncpg.ProtocolViolationError:  # what PgBouncer says of settings that it cannot keep for a session
             return await _pool(config, connections, {})
-    except REFUSED as error:
-        raise ConfigError(f"the database refuses the relay: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"OUTBOX_DATABASE_URL cannot be used: {error}") from error
     except TROUBLE as error:
-        raise DatabaseTrouble(f"the database cannot be reached: {type(error).__name__}: {error}") from error
+        if is_final(error, config):
+            raise ConfigError(f"the database refuses the relay: {words_of(error)}") from error
+        if isinstance(error, asyncpg.ClientConfigurationError):
+            raise ConfigError(f"OUTBOX_DATABASE_URL cannot be used: {error}") from error
+        raise DatabaseTrouble(f"the database cannot be reached: {type(error).__name__}: {words_of(error)}") from error
+    except ValueError:  # its words may be a part of the password
+        raise ConfigError(f"OUTBOX_DATABASE_URL cannot be used: {ENCODE}") from None
 
 
 async def _pool(config: RelayConfig, connections: int, settings: Mapping[str, str]) -> "asyncpg.Pool[asyncpg.Record]":
+    async def connected(*_: Any, **options: Any) -> "asyncpg.Connection[asyncpg.Record]":
+        url, password = config.database()
+        return await asyncpg.connect(url, password=password, **options)
+
     return await asyncpg.create_pool(
-        config.database_url,
+        connect=connected,
         min_size=1,
         max_size=connections,
         timeout=min(10.0, config.database_timeout),

@@ -11,7 +11,7 @@ Source: https://docs.confluent.io/platform/current/schema-registry/fundamentals/
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -46,12 +46,12 @@ class Registry:
 
     def __init__(self, config: RelayConfig, queries: Queries, threads: Executor) -> None:
         """Raises ConfigError where the client does not take the settings."""
+        self._config = config
+        self._settings: Mapping[str, Any] = config.registry
         try:
-            registry = SchemaRegistry({"max.retries": 0, **config.registry})
+            self._registry = _opened(self._settings)
         except UsageError as error:
             raise ConfigError(str(error)) from error
-        self.close = registry.close
-        self._ask = registry.register if config.registry_auto_register else registry.look_up
         self._subject = SUBJECTS[config.registry_subject_strategy]
         self._url = config.registry["url"]
         self._queries = queries
@@ -62,6 +62,10 @@ class Registry:
         self._asking = asyncio.Lock()
         self._backoff: Backoff | None = None
         """Of the trouble that there is now."""
+
+    def close(self) -> None:
+        """Close the connections. Not to be used afterwards."""
+        self._registry.close()
 
     def part(self, rows: list[Any]) -> tuple[list[Any], dict[int, str]]:
         """The rows before the first one whose id has to be learned, and those of them that are to be parked (seq →
@@ -145,6 +149,27 @@ class Registry:
             return await asyncio.wait_for(call, CALL_SECONDS)
         except TimeoutError:
             raise RegistryError(f"no answer within {CALL_SECONDS:g} s") from None
+
+    def _ask(self, subject: str, schema: str) -> int:
+        registry = self._current()
+        ask = registry.register if self._config.registry_auto_register else registry.look_up
+        return ask(subject, schema)
+
+    def _current(self) -> SchemaRegistry:
+        """The client; a new one where the files of its settings hold something else than when it was made."""
+        try:
+            settings = self._config.registry_client()
+            if settings != self._settings:
+                self._registry, former = _opened(settings), self._registry
+                self._settings = settings
+                former.close()
+        except (OSError, UsageError) as error:
+            raise RegistryError(str(error)) from error
+        return self._registry
+
+
+def _opened(settings: Mapping[str, Any]) -> SchemaRegistry:
+    return SchemaRegistry({"max.retries": 0, **settings})
 
 
 def _is_bare(row: Any) -> bool:

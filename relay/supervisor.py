@@ -25,6 +25,7 @@ from relay.errors import (
     LaneHalted,
     LaneLost,
     LaneTrouble,
+    NotLetIn,
     RelayError,
 )
 from relay.failpoint import Failpoint
@@ -32,7 +33,7 @@ from relay.http import Server
 from relay.leases import plan
 from relay.monitor import LaneState, Monitor
 from relay.pace import Backoff
-from relay.queries import REFUSED, TROUBLE, LaneRow, Meta, Queries, connect
+from relay.queries import REFUSED, TROUBLE, LaneRow, Meta, Queries, connect, is_final, words_of
 from relay.transaction import check_settings
 from relay.views import Views
 from relay.worker import LaneWorker, Shared
@@ -236,26 +237,28 @@ class Relay:
         return True
 
     async def _patiently(self, what: str, call: Callable[[], Awaitable[T]]) -> T | None:
-        """Call until it works; trouble is said once, and its end. None: stopped meanwhile."""
+        """Call until it works; trouble is said once, once more when we are not let in, and its end. None: stopped
+        meanwhile."""
         backoff = Backoff()
-        away = False
+        said: set[bool] = set()
         while not self._stopping.is_set():
             if self._monitor:
                 self._monitor.supervisor_at = time.monotonic()
             try:
                 result = await self._unless_stopped(call())
-            except REFUSED as error:
-                raise ConfigError(f"the database refuses the relay: {error}") from error
             except (*TROUBLE, LaneTrouble) as error:
-                words = str(error) or type(error).__name__
-                if not away:
+                words = words_of(error)
+                if is_final(error, self._config):
+                    raise ConfigError(f"the database refuses the relay: {words}") from error
+                refused = isinstance(error, (NotLetIn, *REFUSED))
+                if refused not in said:
                     log.warning(f"{what} away", error=words)
-                away = True
+                said.add(refused)
                 if self._monitor:
                     self._monitor.away = f"{what} away: {words}"
                 await self._sleep(backoff.wait())
             else:
-                if away and not self._stopping.is_set():
+                if said and not self._stopping.is_set():
                     log.info(f"{what} back")
                 if self._monitor:
                     self._monitor.away = None
@@ -359,7 +362,7 @@ class Relay:
             log.error("lane halted", lane=lane, reason=str(error), remedy="relay resolve")
             return
         trouble = self._troubles.setdefault(lane, _Trouble())
-        trouble.error = f"{type(error).__name__}: {error}"
+        trouble.error = f"{type(error).__name__}: {words_of(error)}"
         if isinstance(error, LaneLost):
             log.info("lane lost", lane=lane, reason=str(error))
         else:
@@ -391,7 +394,7 @@ class Relay:
         try:
             await queries.farewell(self._id)
         except TROUBLE as error:
-            log.debug("no farewell", error=str(error))
+            log.debug("no farewell", error=words_of(error))
 
 
 def _registry(config: RelayConfig, queries: Queries, threads: ThreadPoolExecutor) -> "Registry | None":

@@ -16,7 +16,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # not re-expo
 
 from relay.config import RelayConfig
 from relay.errors import ConfigError, KafkaTrouble
-from relay.transaction import control_topic
+from relay.transaction import control_topic, reached
 
 
 def ensure_control_topic(config: RelayConfig, name: str, lanes: int) -> None:
@@ -24,9 +24,10 @@ def ensure_control_topic(config: RelayConfig, name: str, lanes: int) -> None:
 
     Raises:
         ConfigError: Kafka forbids it, by name or by grant; the text says what to create by hand.
-        KafkaTrouble: Kafka cannot be reached.
+        KafkaTrouble: Kafka cannot be reached, or does not let us in; says why.
     """
     topic = control_topic(name)
+    reached(config, topic)
     admin = AdminClient({**config.client(), "log_level": 0})
     try:
         if not _made_or_grown(admin, topic, lanes, config.kafka_timeout):

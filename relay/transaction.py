@@ -10,7 +10,7 @@ Traps of librdkafka 2.x, each measured (docs/design.md, "librdkafka"):
   every error ends the hold on the lane and the producers with it, so no later call is made.
 - `produce()` that raises does not poison the transaction. Same answer.
 - `commit_transaction()` may return as if nothing had been although its EndTxn was sent twice. Only the client's log
-  shows it, and reliably only its debug log: `_Watch` reads it, and `commit()` says so.
+  shows it, and reliably only its debug log: `Watch` reads it, and `commit()` says so.
 - `send_offsets_to_transaction()` may never return, whatever its timeout. `relay.worker.Shared.thread` gives it up.
 - An undelivered record fails the flush or the commit; no delivery callback is needed for that.
 """
@@ -23,9 +23,10 @@ from functools import partial
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import ClusterMetadata  # type: ignore[attr-defined]  # not re-exported
 
 from relay.config import RelayConfig
-from relay.errors import ConfigError, EventRefused, KafkaTrouble, LaneLost, LaneTrouble, Recycle, Undelivered
+from relay.errors import ConfigError, EventRefused, KafkaTrouble, LaneLost, LaneTrouble, NotLetIn, Recycle, Undelivered
 from relay.lane import PRODUCERS, Progress, parse_progress
 
 FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
@@ -71,19 +72,38 @@ _COORDINATOR_MOVES = frozenset(
 
 _NEVER_UP = re.compile(r"Connect to|/bootstrap: |in state (INIT|DOWN|TRY_CONNECT|CONNECT)\b")
 
+_NOT_LET_IN = re.compile(r"SASL |SSL |[Cc]ertificate|security\.protocol")
 
-class _Watch:
-    """Reads the client's log for connections that were lost with requests under way. In place of a logging.Logger: the
-    client calls nothing but `log`, several times a transaction."""
+_AROUND = re.compile(r"^FAIL .*?\]: | \(after .*$")
+"""What a line of the client's log has before and behind its words: the client, its thread, and how long that took."""
+
+FIRST_LOOK = 1.0
+"""Seconds after which `reached` looks for the first time whether it is let in; doubled each time."""
+
+
+class Watch:
+    """Reads the client's log for connections that were lost with requests under way, and for why there is none. In
+    place of a logging.Logger: the client calls nothing but `log`, several times a transaction."""
 
     def __init__(self) -> None:
         self.suspicious: str | None = None
+        self.failure: str | None = None
+        """Why the last connection failed, in the client's words."""
+
+    @property
+    def refused(self) -> bool:
+        """The last connection failed for a certificate, a user or a password."""
+        return self.failure is not None and _NOT_LET_IN.search(self.failure) is not None
 
     def log(self, _level: int, line: str, *values: object) -> None:
         """What the client says, as logging.Logger.log takes it: `values` are (facility, client, text)."""
         text = line % values if values else line
+        if not text.startswith(("FAIL", "REQTMOUT")):
+            return
+        if text.startswith("FAIL"):
+            self.failure = _AROUND.sub("", text)
         # A connection that never came up, or only to learn the brokers' names, carried no request of a transaction.
-        if text.startswith(("FAIL", "REQTMOUT")) and not _NEVER_UP.search(text):
+        if not _NEVER_UP.search(text):
             self.suspicious = text
 
 
@@ -103,9 +123,9 @@ class Transactions:
         self._transaction_timeout = config.transaction_timeout
         self._producers: dict[int, Producer] = {}
         self._deliveries: _Deliveries | None = None
-        self._watches = [_Watch() for _ in range(PRODUCERS)]
+        self._watches = [Watch() for _ in range(PRODUCERS)]
         settings = {"group.id": name, "isolation.level": "read_committed", "enable.auto.commit": False}
-        self._reader = Consumer({**config.client(), **settings}, logger=_Watch())
+        self._reader = Consumer({**config.client(), **settings}, logger=Watch())
         # A group that no one joins: the metadata of a consumer that never subscribed carries no generation.
         self._group = self._reader.consumer_group_metadata()
 
@@ -115,10 +135,12 @@ class Transactions:
         """Step 2, for one of the two ids: a new producer. Once it returns, the former owner of the id can commit
         nothing."""
         settings = {**self._config.producer(), "transactional.id": f"{self._name}.{self._lane}.{number}"}
-        with typed("open a producer of the lane"):
+        with typed("open a producer of the lane", watch=self._watches[number]):
             self._producers[number] = producer = Producer(settings, logger=self._watches[number])
-            producer.init_transactions(self._timeout)
-            producer.poll(0)
+            try:
+                producer.init_transactions(self._timeout)
+            finally:
+                producer.poll(0)  # serves the client's log
         self._watches[number].suspicious = None
 
     def lost(self, number: int) -> str | None:
@@ -207,11 +229,40 @@ def peek(config: RelayConfig, name: str, lane: int) -> Progress | None:
         ProgressError, KafkaTrouble: as `Transactions.progress`.
     """
     settings = {"group.id": name, "isolation.level": "read_uncommitted", "enable.auto.commit": False}
-    reader = Consumer({**config.client(), **settings}, logger=_Watch())
+    watch = Watch()
+    reader = Consumer({**config.client(), **settings}, logger=watch)
     try:
+        _reached(reader, watch, config.kafka_timeout, control_topic(name))
         return _progress(reader, name, lane, config.kafka_timeout)
     finally:
         reader.close()
+
+
+def reached(config: RelayConfig, topic: str | None = None) -> ClusterMetadata:
+    """What the cluster says of itself and of `topic`, or of all topics. Blocks.
+
+    Raises:
+        NotLetIn, KafkaTrouble: no connection within `kafka_timeout`; why the last one failed.
+    """
+    watch = Watch()
+    # Not an admin client: that one says things at its end which go past its logger, to stderr.
+    return _reached(Producer(config.client(), logger=watch), watch, config.kafka_timeout, topic)
+
+
+def _reached(client: Consumer | Producer, watch: Watch, timeout: float, topic: str | None) -> ClusterMetadata:
+    """A broker that does not let us in is told of within a second or so: the client itself would try until the time is
+    up, and then say no more than that."""
+    deadline, patience = time.monotonic() + timeout, FIRST_LOOK
+    while True:
+        try:
+            left = max(0.1, min(patience, deadline - time.monotonic()))
+            return client.list_topics(topic, timeout=left)  # type: ignore[no-any-return] # its stub says nothing
+        except KafkaException as error:
+            client.poll(0)  # serves the client's log
+            passing = error.args[0].code() in _NO_CONNECTION
+            if not passing or watch.refused or time.monotonic() >= deadline:
+                raise classify("reach Kafka", error.args[0], watch=watch) from error
+        patience *= 2  # a request that was under way is lost
 
 
 def _progress(reader: Consumer, name: str, lane: int, timeout: float) -> Progress | None:
@@ -223,10 +274,16 @@ def _progress(reader: Consumer, name: str, lane: int, timeout: float) -> Progres
             if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
                 return None
             if error.args[0].code() not in _COORDINATOR_MOVES or time.monotonic() > deadline:
-                raise classify("read the lane's progress", error.args[0]) from error
+                raise classify("read the lane's progress", _heard(reader) or error.args[0]) from error
             time.sleep(0.1)
         else:
             return parse_progress(found.offset, found.metadata or "") if found.offset >= 0 else None
+
+
+def _heard(reader: Consumer) -> KafkaError | None:
+    """An error that the client did not answer with: of a group that we may not use it says that the time is up."""
+    message = reader.poll(0)
+    return None if message is None else message.error()
 
 
 def _committed(reader: Consumer, asked: TopicPartition, timeout: float) -> TopicPartition:
@@ -243,8 +300,8 @@ def check_settings(config: RelayConfig) -> None:
         ConfigError: with librdkafka's words.
     """
     try:
-        Producer({**config.producer(), "transactional.id": "check"}, logger=_Watch())
-        Consumer({**config.client(), "group.id": "check"}, logger=_Watch()).close()
+        Producer({**config.producer(), "transactional.id": "check"}, logger=Watch())
+        Consumer({**config.client(), "group.id": "check"}, logger=Watch()).close()
     except KafkaException as error:
         raise ConfigError(f"a Kafka setting cannot be used: {error.args[0].str()}") from error
 
@@ -286,12 +343,12 @@ class _Deliveries:
 
 
 @contextmanager
-def typed(what: str, refusal: type[LaneTrouble] = KafkaTrouble) -> Iterator[None]:
-    """Turn librdkafka's errors into ours, once, here. `refusal`: as in `classify`."""
+def typed(what: str, refusal: type[LaneTrouble] = KafkaTrouble, watch: Watch | None = None) -> Iterator[None]:
+    """Turn librdkafka's errors into ours, once, here. `refusal`, `watch`: as in `classify`."""
     try:
         yield
     except KafkaException as error:
-        raise classify(what, error.args[0], refusal) from error
+        raise classify(what, error.args[0], refusal, watch) from error
     except SystemError as error:
         # The client calls its logger while the error that it is about to raise is already set: seen with a fatal one.
         if not isinstance(error.__cause__, KafkaException):
@@ -301,13 +358,22 @@ def typed(what: str, refusal: type[LaneTrouble] = KafkaTrouble) -> Iterator[None
         raise KafkaTrouble(f"cannot {what}: the client's queue is full") from error
 
 
-def classify(what: str, error: KafkaError, refusal: type[LaneTrouble] = KafkaTrouble) -> LaneTrouble:
+_NO_CONNECTION = frozenset({KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._ALL_BROKERS_DOWN})
+"""What the client says when it has none to send a request on, whatever the reason."""
+
+
+def classify(
+    what: str, error: KafkaError, refusal: type[LaneTrouble] = KafkaTrouble, watch: Watch | None = None
+) -> LaneTrouble:
     """What a Kafka error means for the hold on the lane. None of the answers says whether a commit took place.
 
     `refusal`: what it means here that something is refused for good. Only where records are handed over that is an
     event's fault; after them the control topic or the group may be meant as well; before them nothing else can be.
+    `watch`: the client's logger, which has heard why there is no connection.
     """
     text = f"cannot {what}: {error.str()} ({error.name()})"
+    if watch is not None and watch.failure is not None and error.code() in _NO_CONNECTION:
+        return (NotLetIn if watch.refused else KafkaTrouble)(f"{text}. {watch.failure}")
     if error.code() in FENCED:
         return LaneLost(text)
     if error.code() in REFUSED:

@@ -45,7 +45,7 @@ from relay.lane import PRODUCERS, Begin, Doubt, Finish, Lane, Progress, Runs, St
 from relay.metrics import Metrics
 from relay.pace import Pace
 from relay.quarantine import Quarantine
-from relay.queries import TROUBLE, Meta, Queries
+from relay.queries import TROUBLE, Meta, Queries, words_of
 from relay.record import Records
 from relay.transaction import Transactions, peek, typed
 
@@ -165,7 +165,7 @@ class LaneWorker:
             await self._shared.queries.halt(self.lane, self._shared.relay, str(halted))
             raise
         except TROUBLE as error:
-            raise DatabaseTrouble(f"{type(error).__name__}: {error}") from error
+            raise DatabaseTrouble(f"{type(error).__name__}: {words_of(error)}") from error
         finally:
             await self._release(clean)
 
@@ -198,7 +198,7 @@ class LaneWorker:
             if await self._shared.queries.release(self.lane, self._shared.relay, clean):
                 log.info("lane released", lane=self.lane, clean=clean)
         except TROUBLE as error:  # then the lease runs out by itself
-            log.debug("lane not released", lane=self.lane, error=str(error))
+            log.debug("lane not released", lane=self.lane, error=words_of(error))
 
     async def _hold(self) -> bool:
         """One hold on the lane: take it, then cycle. True: stopped with nothing under way. False: take it anew at

@@ -1,5 +1,6 @@
 """Settings: each wrong one is refused at construction, with its name and the remedy; nothing is ignored in silence."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -9,8 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from relay.config import KAFKA_DEFAULTS, KAFKA_GUARANTEE, RelayConfig, load
-from relay.errors import ConfigError
+from relay.config import KAFKA_DEFAULTS, KAFKA_GUARANTEE, MASK, RelayConfig, load, masked
+from relay.errors import ConfigError, KafkaTrouble
 
 URL = "postgresql://relay:secret@db:5432/orders"
 LEAST = {"OUTBOX_DATABASE_URL": URL, "OUTBOX_KAFKA_BOOTSTRAP_SERVERS": "broker:9092"}
@@ -281,3 +282,102 @@ def _toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name} = {_toml(part)}" for name, part in value.items()) + "}"
     return repr(value)
+
+
+# ---- secrets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Callable[[str, str], str]:
+    def write(name: str, content: str) -> str:
+        (tmp_path / name).write_text(content)
+        return str(tmp_path / name)
+
+    return write
+
+
+Secret = Callable[[str, str], str]
+
+
+def test_any_setting_may_stand_in_a_file_without_the_newline_at_its_end(secret: Secret, write: Any) -> None:
+    own = {
+        "OUTBOX_DATABASE_URL_FILE": secret("url", URL + "\r\n"),
+        "OUTBOX_KAFKA_BOOTSTRAP_SERVERS_FILE": secret("brokers", "broker:9092\n"),
+        "OUTBOX_BATCH_ROWS_FILE": secret("rows", "10"),
+        "OUTBOX_REGISTRY_URL": "http://r",
+        "OUTBOX_REGISTRY_BASIC_AUTH_USER_INFO_FILE": secret("info", " me:hunter2 \n\n"),
+        # librdkafka's own: it reads the file itself
+        "OUTBOX_KAFKA_SASL_OAUTHBEARER_ASSERTION_PRIVATE_KEY_FILE": "/key",
+    }
+    path = write(f'[kafka]\n"sasl.password.file" = "{secret("password", "hunter3")}"\n')
+    config = load(own, path)
+    assert config.database() == (URL, None)
+    assert config.batch_rows == 10
+    assert config.client()["bootstrap.servers"] == "broker:9092"
+    assert config.registry_client() == {"url": "http://r", "basic.auth.user.info": " me:hunter2 "}
+    assert config.kafka["sasl.oauthbearer.assertion.private.key.file"] == "/key"
+    assert config.producer()["sasl.password"] == "hunter3"
+    assert "hunter" not in repr(config)
+    shown = masked(config)
+    assert "hunter" not in str(shown)
+    assert shown["kafka"]["bootstrap.servers"] == MASK
+    assert shown["files"]["OUTBOX_DATABASE_URL_FILE"] == own["OUTBOX_DATABASE_URL_FILE"]
+
+
+def test_a_file_is_read_again_for_each_new_connection(secret: Secret) -> None:
+    own = {
+        **LEAST,
+        "OUTBOX_DATABASE_URL": "postgresql://relay@db/orders",
+        "OUTBOX_DATABASE_PASSWORD_FILE": secret("database", "one"),
+        "OUTBOX_KAFKA_SASL_PASSWORD_FILE": secret("kafka", "one"),
+    }
+    config = load(own)
+    assert config.database()[1] == config.producer()["sasl.password"] == config.client()["sasl.password"] == "one"
+    secret("database", "two\n")
+    secret("kafka", "two\n")
+    assert config.database()[1] == config.producer()["sasl.password"] == config.client()["sasl.password"] == "two"
+    path = secret("kafka", "")  # a write that is under way
+    with pytest.raises(KafkaTrouble, match=path):
+        config.producer()
+    Path(own["OUTBOX_DATABASE_PASSWORD_FILE"]).unlink()
+    with pytest.raises(OSError, match=own["OUTBOX_DATABASE_PASSWORD_FILE"]):
+        config.database()
+
+
+def test_a_secret_that_is_set_twice_or_cannot_be_read_is_refused_by_name(secret: Secret, tmp_path: Path) -> None:
+    path = secret("password", "hunter2")
+    own = {**LEAST, "OUTBOX_KAFKA_SASL_PASSWORD_FILE": path}
+    assert "OUTBOX_KAFKA_SASL_PASSWORD and OUTBOX_KAFKA_SASL_PASSWORD_FILE" in refusal(
+        {**own, "OUTBOX_KAFKA_SASL_PASSWORD": "hunter3"}
+    )
+    both = refusal({**LEAST, "OUTBOX_DATABASE_PASSWORD": "hunter2"})
+    assert "OUTBOX_DATABASE_URL and OUTBOX_DATABASE_PASSWORD" in both
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    for wrong in (str(tmp_path / "nowhere"), str(tmp_path), secret("empty", "\n"), str(tmp_path / "bytes")):
+        text = refusal({**LEAST, "OUTBOX_KAFKA_SASL_PASSWORD_FILE": wrong})
+        assert f"OUTBOX_KAFKA_SASL_PASSWORD_FILE names {wrong}, which cannot be read" in text
+    assert "unknown setting OUTBOX_DATABASE_PASSWRD_FILE" in refusal({**LEAST, "OUTBOX_DATABASE_PASSWRD_FILE": path})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://relay:hunter2\u2100@db/orders",  # urlsplit would quote it
+        "postgresql://relay:hunter@2@db/orders",
+        "postgresql://[hunter2/orders",
+    ],
+)
+def test_a_url_that_is_none_is_refused_without_a_word_of_it(url: str) -> None:
+    text = refusal({**LEAST, "OUTBOX_DATABASE_URL": url})
+    assert "percent-encoded" in text
+    assert "hunter" not in text
+
+
+def test_a_password_in_a_file_of_settings_that_is_no_text_is_not_shown(write: Any) -> None:
+    assert "4711" not in refusal(LEAST, write("database_password = 4711\n"))
+
+
+@pytest.mark.parametrize("name", ["sslrootcert", "sslcert", "sslkey", "sslcrl"])
+def test_a_certificate_that_cannot_be_read_is_refused_by_its_path(name: str) -> None:
+    text = refusal({**LEAST, "OUTBOX_DATABASE_URL": f"{URL}?sslmode=verify-full&{name}=/nowhere/ca.pem"})
+    assert f"{name} in OUTBOX_DATABASE_URL names /nowhere/ca.pem" in text

@@ -107,7 +107,7 @@ class Line:
 
 NO_RECYCLING = """
 import relay.transaction
-relay.transaction._Watch.suspicious = property(lambda self: None, lambda self, line: None)
+relay.transaction.Watch.suspicious = property(lambda self: None, lambda self, line: None)
 """
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.quarantine import Quarantine
+from relay.quarantine import WORDS, Quarantine
 
 
 def row(seq: int, key: str | None = "k", topic: str = "t") -> tuple[Any, ...]:
@@ -110,3 +110,15 @@ def test_every_row_is_published_or_parked_and_no_key_overtakes_its_parked_event(
     for one in publish:
         earlier = [seq for seq in parked if seq < one[0] and one[4] is not None]
         assert not [seq for seq in earlier if (table[seq][3], table[seq][4]) == (one[3], one[4])]
+
+
+def test_the_error_that_is_kept_is_no_longer_than_a_person_reads() -> None:
+    """A registry's refusal may hold a whole schema, a proxy's a whole page."""
+    quarantine = Quarantine(8_000)
+    quarantine.condemn({1: "x" * 100_000})
+    quarantine.refused([2, 3], "", {0: "y" * 100_000})
+    quarantine.refused([4], "z" * 100_000, {})
+    quarantine.condemn({5: "w" * WORDS})
+    _, parked = quarantine.sort([row(seq, key=None) for seq in (1, 2, 4, 5)])
+    assert [len(error) for error in parked.values()] == [WORDS] * 4
+    assert [error[-1] for error in parked.values()] == ["…", "…", "…", "w"]

@@ -3,17 +3,20 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import asyncpg
 import psycopg
 import pytest
 
 from relay.config import RelayConfig
 from relay.errors import ConfigError, DatabaseTrouble
 from relay.lane import Runs, digest_of
-from relay.queries import Meta, Queries, connect
+from relay.queries import Meta, Queries, connect, is_final, words_of
 from tests.conftest import MakeDatabase
 from tests.roles import ROLES, as_role
 
@@ -718,3 +721,37 @@ async def test_without_prepared_statements_the_same_is_true(database: str) -> No
         assert await db.fetchval("SELECT count(*) FROM pg_prepared_statements WHERE name <> ''") <= 1
     await pool.close()
     assert outbox.seqs() == []
+
+
+async def test_what_is_said_of_an_error_holds_no_row(database: str, outbox: Outbox) -> None:
+    outbox.rows("CREATE TABLE own (secret text CHECK (secret = ''))")
+    pool = await connect(config_of(database), 1)
+    try:
+        with pytest.raises(asyncpg.CheckViolationError, match=r"Failing row contains .hunter2.") as caught:
+            await pool.execute("INSERT INTO own VALUES ('hunter2')")
+    finally:
+        pool.terminate()
+    assert words_of(caught.value) == 'new row for relation "own" violates check constraint "own_secret_check"'
+    assert words_of(TimeoutError()) == "TimeoutError"
+
+
+def test_a_password_that_is_refused_is_final_unless_a_file_may_bring_another() -> None:
+    plain = config_of("postgresql://h/d")
+    filed = replace(plain, files={"database_password": Path("x")})
+    other = replace(plain, files={"kafka.sasl.password": Path("x")})
+    password, grant = asyncpg.InvalidPasswordError("no"), asyncpg.InsufficientPrivilegeError("no")
+    assert [is_final(password, config) for config in (plain, filed, other)] == [True, False, True]
+    assert [is_final(grant, config) for config in (plain, filed)] == [True, True]
+    assert not is_final(ConnectionRefusedError(), plain)
+
+
+@pytest.mark.parametrize("url", ["postgresql://me:hunter2/3@127.0.0.1/d", "postgresql://h:hunter2/d"])
+async def test_a_url_whose_parts_are_mixed_up_is_refused_without_a_word_of_it(url: str) -> None:
+    with pytest.raises(ConfigError, match="percent-encoded") as caught:
+        await connect(config_of(url), 1)
+    assert "hunter" not in str(caught.value)
+
+
+async def test_a_mode_of_tls_that_there_is_not_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"OUTBOX_DATABASE_URL cannot be used: .*verify-full"):
+        await connect(config_of("postgresql://127.0.0.1/d?sslmode=full"), 1)

@@ -21,7 +21,7 @@ from structlog.testing import capture_logs
 
 from examples.chip_quality.events import Defect, InspectionEvent, InspectionEventType
 from outbox import Catalogue, Outbox, RegistryError, SchemaRefused, UsageError, schemas
-from outbox.registry import SUBJECTS, SchemaRegistry
+from outbox.registry import SUBJECTS, WORDS, SchemaRegistry, settings_from
 from relay import config as relay_config
 from relay import registry as relay_registry
 from relay.config import RelayConfig
@@ -258,6 +258,52 @@ async def test_a_registry_that_is_away_is_asked_again_and_said_once(database: st
     assert "store (HTTP 500, code 50001)" in logs[0]["error"]
 
 
+async def test_a_rotated_password_is_taken_up_while_the_old_one_is_refused(
+    database: str, registry: Server, topic_name: str, tmp_path: Path
+) -> None:
+    rows = [row(topic_name, put(database, order(X)))]
+    info = tmp_path / "info"
+    info.write_text("relay:old\n")
+    files = {"registry.basic.auth.user.info": info}
+    with Gate(registry.url, user="relay", password="new") as gate:
+        async with known(database, gate.url, files=files) as relay:
+            with capture_logs() as logs:
+                learning = asyncio.create_task(learn(relay, rows))
+                while not logs:  # noqa: ASYNC110 -- capture_logs has no event
+                    await asyncio.sleep(0.01)
+                info.write_text("relay:new\n")
+                await learning
+            assert is_learned(relay, rows)
+    assert [line["event"] for line in logs] == ["registry away", "registry back"]
+    assert "HTTP 401" in logs[0]["error"]
+
+
+async def test_what_is_said_of_an_answer_is_no_longer_than_a_person_reads(
+    database: str, gate: Gate, topic_name: str
+) -> None:
+    gate.answers += [(500, {"error_code": 50001, "message": "x" * 100_000})]
+    rows = [row(topic_name, put(database, order(X)))]
+    async with known(database, gate.url) as registry:
+        with capture_logs() as logs:
+            await learn(registry, rows)
+    assert WORDS <= len(logs[0]["error"]) < WORDS + 100
+
+
+def test_settings_may_stand_in_files(tmp_path: Path) -> None:
+    file = tmp_path / "info"
+    file.write_text("me:hunter2\n")
+    own = {"OUTBOX_REGISTRY_URL": "http://r", "OUTBOX_REGISTRY_BASIC_AUTH_USER_INFO_FILE": str(file)}
+    assert settings_from({**own, "OUTBOX_REGISTRY_AUTO_REGISTER_FILE": "of the relay", "OUTBOX_DATABASE_URL": ""}) == {
+        "url": "http://r",
+        "basic.auth.user.info": "me:hunter2",
+    }
+    with pytest.raises(UsageError, match="are both set"):
+        settings_from({**own, "OUTBOX_REGISTRY_BASIC_AUTH_USER_INFO": "me:hunter3"})
+    file.unlink()
+    with pytest.raises(UsageError, match="OUTBOX_REGISTRY_BASIC_AUTH_USER_INFO_FILE names"):
+        settings_from(own)
+
+
 async def test_a_lane_that_stops_waits_no_longer(database: str, topic_name: str) -> None:
     rows = [row(topic_name, put(database, order(X)))]
     stopping = asyncio.Event()
@@ -301,7 +347,7 @@ async def test_a_call_that_does_not_return_blocks_nothing_and_is_given_up(
     rows = [row(topic_name, put(database, order(X)))]
     monkeypatch.setattr(relay_registry, "CALL_SECONDS", 0.2)
     async with known(database, NOBODY) as registry:
-        registry._ask = slow
+        monkeypatch.setattr(registry, "_ask", slow)
         learning = asyncio.create_task(learn(registry, rows))
         await called.wait()
         before = time.monotonic()

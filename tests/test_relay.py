@@ -313,6 +313,24 @@ def test_sigint_is_as_good_as_sigterm(site: Site) -> None:
     assert relay.wait() == 0
 
 
+def test_signals_change_the_log_level_and_back(site: Site, topic: MakeTopic) -> None:
+    name = topic()
+    relay = site.relay(OUTBOX_LOG_LEVEL="error")
+    site.seed(name, 10)
+    site.wait_until_published()
+    assert not relay.lines
+    relay.signal(signal.SIGUSR1)
+    relay.wait_for("log level changed", to="debug")
+    site.seed(name, 10)
+    relay.wait_for("batch published")
+    relay.signal(signal.SIGUSR2)
+    relay.wait_for("log level changed", to="error")
+    said = len(relay.lines)
+    site.seed(name, 10)
+    assert len(check_exactly_once(site)) == 30
+    assert len(relay.lines) == said
+
+
 def test_a_second_sigterm_leaves_at_once_and_nothing_is_doubled(site: Site, topic: MakeTopic) -> None:
     relay = site.taken()
     with psycopg.connect(site.url) as holder:

@@ -64,5 +64,5 @@ def test_a_kafka_that_is_away_is_trouble() -> None:
         kafka={"bootstrap.servers": "127.0.0.1:1", "topic.metadata.propagation.max.ms": 100},
         kafka_timeout=0.5,
     )
-    with pytest.raises(KafkaTrouble, match=r"away\.lanes"):
+    with pytest.raises(KafkaTrouble, match="Connection refused"):
         ensure_control_topic(away, "away", 1)

@@ -10,10 +10,19 @@ import pytest
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from relay.config import RelayConfig
-from relay.errors import ConfigError, EventRefused, KafkaTrouble, LaneLost, LaneTrouble, ProgressError, Undelivered
+from relay.errors import (
+    ConfigError,
+    EventRefused,
+    KafkaTrouble,
+    LaneLost,
+    LaneTrouble,
+    NotLetIn,
+    ProgressError,
+    Undelivered,
+)
 from relay.lane import METADATA_BYTES, Progress, cut
 from relay.topics import ensure_control_topic
-from relay.transaction import FENCED, REFUSED, Transactions, _Watch, check_settings, classify, control_topic, typed
+from relay.transaction import FENCED, REFUSED, Transactions, Watch, check_settings, classify, control_topic, typed
 from tests.conftest import MakeTopic
 from tests.relay_process import Reader
 from tests.servers import Kafka
@@ -363,16 +372,50 @@ def test_a_full_queue_is_trouble() -> None:
     ],
 )
 def test_a_connection_that_is_lost_with_requests_under_way_is_suspicious(line: str, suspicious: bool) -> None:
-    watch = _Watch()
+    watch = Watch()
     watch.log(3, line)
     assert (watch.suspicious is not None) == suspicious
+
+
+@pytest.mark.parametrize(
+    ("line", "failure", "refused"),
+    [
+        (
+            (
+                "FAIL [rdkafka#producer-1] [thrd:sasl_ssl://k:1/bootstrap]: sasl_ssl://k:1/bootstrap: "
+                "SASL authentication error: Authentication failed (after 312ms in state AUTH_REQ, 3 suppressed)"
+            ),
+            "sasl_ssl://k:1/bootstrap: SASL authentication error: Authentication failed",
+            True,
+        ),
+        (
+            (
+                "FAIL [rdkafka#producer-1] [thrd:ssl://k:1/1]: ssl://k:1/1: Connect to ipv4#127.0.0.1:1 failed: "
+                "Connection refused (after 0ms in state CONNECT)"
+            ),
+            "ssl://k:1/1: Connect to ipv4#127.0.0.1:1 failed: Connection refused",
+            False,
+        ),
+        ("REQTMOUT [rdkafka#producer-1] [thrd:x]: Timed out EndTxnRequest in flight", None, False),
+    ],
+)
+def test_why_there_is_no_connection_is_heard_and_whether_we_were_not_let_in(
+    line: str, failure: str | None, refused: bool
+) -> None:
+    watch = Watch()
+    watch.log(3, line)
+    assert (watch.failure, watch.refused) == (failure, refused)
+    told = classify("x", KafkaError(KafkaError._TRANSPORT), watch=watch)
+    assert type(told) is (NotLetIn if refused else KafkaTrouble)
+    assert (failure or "") in str(told)
+    assert (failure or "-") not in str(classify("x", KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART), watch=watch))
 
 
 def test_a_lost_connection_shows_in_the_log_that_is_watched(kafka: Kafka) -> None:
     """What the client says when a connection cannot be had reaches the watch through `logger=` at `poll(0)`."""
     lines: list[str] = []
 
-    class Heard(_Watch):
+    class Heard(Watch):
         def log(self, level: int, line: str, *values: object) -> None:
             lines.append(line % values)
             super().log(level, line, *values)

@@ -55,21 +55,23 @@ def listeners(number: int, port: int, controller: int, voters: str, host: str = 
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """A listener of a broker for clients that come through a proxy of the test's own."""
+    """One more listener of a broker: for clients that come through a proxy of the test's own, or must show who they
+    are."""
 
+    name: str
     advertised: int
-    """The port that clients are told: the proxy's, and nobody's before the test listens there."""
+    """The port that clients are told: the broker's own, or a proxy's and nobody's before the test listens there."""
     behind: int
     """The port that the broker listens at."""
+    protocol: str = "PLAINTEXT"
 
 
 def with_doors(properties: Mapping[str, str], doors: Sequence[Door]) -> dict[str, str]:
     """The `properties` of `listeners`, with a listener for each door."""
-    named = [(f"DOOR{number}", door) for number, door in enumerate(doors)]
     added = {
-        "listeners": [f"{name}://127.0.0.1:{door.behind}" for name, door in named],
-        "advertised.listeners": [f"{name}://127.0.0.1:{door.advertised}" for name, door in named],
-        "listener.security.protocol.map": [f"{name}:PLAINTEXT" for name, _ in named],
+        "listeners": [f"{door.name}://127.0.0.1:{door.behind}" for door in doors],
+        "advertised.listeners": [f"{door.name}://127.0.0.1:{door.advertised}" for door in doors],
+        "listener.security.protocol.map": [f"{door.name}:{door.protocol}" for door in doors],
     }
     return {**properties, **{name: ",".join([properties[name], *more]) for name, more in added.items()}}
 

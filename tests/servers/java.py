@@ -89,14 +89,20 @@ def jars(name: str, coordinates: Sequence[str], *, hint: str) -> Path:
     return kept.once(name, make)
 
 
-def archive(name: str, group: str, artifact: str, version: str, classifier: str, *, hint: str) -> Path:
-    """The unpacked folder of one tar.gz artifact; downloaded once. Raises ServerUnavailable as `jars` does."""
+def archive(
+    name: str, group: str, artifact: str, version: str, classifier: str, packaging: str = "tar.gz", *, hint: str
+) -> Path:
+    """The unpacked folder of one artifact, a tar.gz or a jar; downloaded once. Raises ServerUnavailable as `jars`
+    does."""
 
     def make(folder: Path) -> None:
         kept.say(f"{name}: downloading ({hint}) …")
         with _maven(folder / "maven", f"{group}:{artifact}:{version}") as context:
-            found = context.project(group, artifact).at_version(version).artifact(classifier, "tar.gz").resolve()
-            shutil.unpack_archive(found, folder, filter="data")
+            found = context.project(group, artifact).at_version(version).artifact(classifier, packaging).resolve()
+            if packaging == "jar":
+                shutil.unpack_archive(found, folder, "zip")
+            else:
+                shutil.unpack_archive(found, folder, filter="data")
         shutil.rmtree(folder / "maven")
 
     return kept.once(name, make)

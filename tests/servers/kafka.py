@@ -23,7 +23,7 @@ from tests.servers.broker import (
     with_doors,
 )
 from tests.servers.choice import Source, choose
-from tests.servers.errors import ServerError, StartFailed
+from tests.servers.errors import ServerError, ServerUnavailable, StartFailed
 from tests.servers.process import free_port
 
 URL_VARIABLE = "OUTBOX_TEST_KAFKA"
@@ -56,6 +56,8 @@ class Kafka:
     compiles for a life of some minutes, which costs half the CPU; False for measurements: as brokers run in earnest.
     `stop`, `kill` and `start` take one broker's number, or act on all of them. `doors`: so many more listeners has a
     broker, each advertised at the port of a proxy that the test runs (`self.doors[door][broker]`, known after `start`).
+    `guarded`: more listeners by name, with their security protocol; `address` tells where, and what they ask of clients
+    is in `settings`.
     """
 
     def __init__(
@@ -65,17 +67,23 @@ class Kafka:
         *,
         heap: str = "768m",
         doors: int = 0,
+        guarded: Mapping[str, str] | None = None,
         brief: bool = True,
     ) -> None:
         def lacks_docker() -> str | None:
-            return "Docker is used for one broker without doors only" if brokers > 1 or doors else docker.lacks()
+            special = brokers > 1 or doors or guarded
+            return "Docker is used for one broker with one listener only" if special else docker.lacks()
 
         self._source = choose("Kafka", variable=URL_VARIABLE, local=lacks_parts, docker=lacks_docker)
+        if self._source is Source.URL and (doors or guarded):
+            raise ServerUnavailable(f"The Kafka of {URL_VARIABLE} has no listeners of a test's own.")
         self._settings = {**settings_for(brokers), **(settings or {})}
         self._size = brokers
         self._options = ["-Xms256m", f"-Xmx{heap}", *([java.BRIEF] if brief else [])]
         self._doors = doors
         self.doors: list[list[Door]] = []
+        self._protocols = dict(guarded or {})
+        self._guarded: list[list[Door]] = []
         self._brokers: list[LocalBroker] | list[_DockerBroker] = []
         self.cluster_id = new_id()
         self.bootstrap = os.environ.get(URL_VARIABLE, "")
@@ -96,7 +104,12 @@ class Kafka:
         if self._source is Source.DOCKER:
             self._brokers = [_DockerBroker(ports[0][0], self._settings, self.cluster_id)]
             return
-        self.doors = [[Door(free_port(), free_port()) for _ in ports] for _ in range(self._doors)]
+        self.doors = [[Door(f"DOOR{number}", free_port(), free_port()) for _ in ports] for number in range(self._doors)]
+        self._guarded = [
+            [Door(name, port, port, protocol) for port in [free_port() for _ in ports]]
+            for name, protocol in self._protocols.items()
+        ]
+        more = [*self.doors, *self._guarded]
         options = [*self._options, *fast_start()]
         voters = ",".join(f"{number}@127.0.0.1:{controller}" for number, (_, controller) in enumerate(ports))
         self._brokers = [
@@ -104,7 +117,7 @@ class Kafka:
                 number,
                 port,
                 {
-                    **with_doors(listeners(number, port, controller, voters), [doors[number] for doors in self.doors]),
+                    **with_doors(listeners(number, port, controller, voters), [doors[number] for doors in more]),
                     **self._settings,
                 },
                 cluster_id=self.cluster_id,
@@ -141,6 +154,11 @@ class Kafka:
     def logs(self) -> list[Path]:
         """The logs of all brokers (local only)."""
         return [self.log(number) for number in range(self._size)]
+
+    def address(self, listener: str) -> str:
+        """Where a guarded listener is reached (local only)."""
+        doors = [door for doors in self._guarded for door in doors if door.name == listener]
+        return ",".join(f"127.0.0.1:{door.advertised}" for door in doors)
 
     def admin(self) -> AdminClient:
         """A new admin client of the cluster."""

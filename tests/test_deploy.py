@@ -19,6 +19,7 @@ import helm_python
 import kubernetes_validate
 import promql_parser
 import pytest
+import trustme
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -29,6 +30,7 @@ from relay.metrics import ENDS
 from relay.monitor import LaneState, Monitor
 from relay.status import ANY_ADDRESS
 from relay.tracing import CLOSE_SECONDS
+from relay.transaction import check_settings
 from relay.views import Backlog, Waiting
 from tests.relay_process import ROOT
 
@@ -156,12 +158,28 @@ def place(name: str) -> Place:
 PLACES = ["compose", "systemd", "relay", "sidecar", *(f"helm-{name}" for name in RELEASES)]
 
 
+@pytest.fixture(scope="module")
+def authority() -> bytes:
+    return trustme.CA().cert_pem.bytes()
+
+
+@pytest.fixture
+def secrets(tmp_path: Path, authority: bytes) -> Path:
+    """The files of the example's Secret, with certificates that are some."""
+    for name, text in example_secrets()["outbox-relay"].items():
+        (tmp_path / name).write_text(text.replace(MOUNTED, str(tmp_path)))
+        if name.endswith(".crt"):
+            (tmp_path / name).write_bytes(authority)
+    return tmp_path
+
+
 @pytest.mark.parametrize("name", PLACES)
-def test_its_settings_are_a_relay_s_and_give_it_time_to_drain(name: str, tmp_path: Path) -> None:
+def test_its_settings_are_a_relay_s_and_give_it_time_to_drain(name: str, secrets: Path) -> None:
+    """Those of Kafka's client are asked of the client itself."""
     place_ = place(name)
-    settings = {name.removesuffix("_FILE"): value for name, value in place_.settings.items()}
-    settings["OUTBOX_DATABASE_URL"] = "postgresql://relay:secret@host/shop"
-    config = load(settings)
+    config = load({k: v.replace(MOUNTED, str(secrets)).replace("%d", str(secrets)) for k, v in place_.settings.items()})
+    check_settings(config)
+    assert config.database()[0].startswith("postgresql://")
     assert place_.grace >= config.drain_timeout + CLOSE_SECONDS + 5
     assert place_.command == ["relay", "run"]
     assert place_.command[1] in relay_command.commands
@@ -249,20 +267,35 @@ def test_selectors_select_the_pods() -> None:
     assert "PodDisruptionBudget" not in kinds["helm-one"], "it would forbid nothing, or every drain"
 
 
-def test_secrets_are_read_from_files_of_a_secret_that_the_example_has() -> None:
-    secrets = {one["metadata"]["name"]: one["stringData"] for one in manifests()["secret"]}
-    for source in ("relay", "sidecar"):
-        [container] = containers(pods()[source])
-        [mount] = container["volumeMounts"]
-        [volume] = [one for one in pods()[source]["volumes"] if one["name"] == mount["name"]]
-        files = {one["value"] for one in container["env"] if one["value"].startswith("/")}
-        keys = {file.removeprefix(mount["mountPath"] + "/") for file in files}
-        assert keys == secrets[volume["secret"]["secretName"]].keys()
-        assert not [one for one in container["env"] if "password" in one["value"] and not one["name"].endswith("_FILE")]
+MOUNTED = "/run/secrets/outbox"
+
+
+def example_secrets() -> dict[str, dict[str, str]]:
+    return {one["metadata"]["name"]: one["stringData"] for one in manifests()["secret"]}
+
+
+@pytest.mark.parametrize("source", ["relay", "sidecar"])
+def test_secrets_are_read_from_files_of_a_secret_that_the_example_has(source: str) -> None:
+    [container] = containers(pods()[source])
+    [mount] = container["volumeMounts"]
+    [volume] = [one for one in pods()[source]["volumes"] if one["name"] == mount["name"]]
+    secret = example_secrets()[volume["secret"]["secretName"]]
+    settings = {one["name"]: one["value"] for one in container["env"]}
+    assert mount == {"name": mount["name"], "mountPath": MOUNTED, "readOnly": True}
+    files = re.findall(rf"{MOUNTED}/([\w.-]+)", "\n".join([*settings.values(), *secret.values()]))
+    assert {*files} == secret.keys()
+    assert {name for name in settings if name.endswith("_FILE")} == {
+        "OUTBOX_DATABASE_URL_FILE",
+        "OUTBOX_KAFKA_SASL_PASSWORD_FILE",
+    }
+    assert "sslmode=verify-full" in secret["database-url"]
+
+
+def test_the_job_that_migrates_is_told_the_database_as_the_command_asks_for_it() -> None:
     [migrate] = containers(pods()["migrate"])
     [variable] = migrate["env"]
     reference = variable["valueFrom"]["secretKeyRef"]
-    assert reference["key"] in secrets[reference["name"]]
+    assert reference["key"] in example_secrets()[reference["name"]]
     assert variable["name"] in {parameter.envvar for parameter in outbox_command.commands["migrate"].params}
     assert migrate["args"] == ["outbox", "migrate"]
 

@@ -11,7 +11,8 @@ BACKOFF_FIRST, BACKOFF_MOST = 0.1, 5.0
 class Pace:
     """Adaptive polling: quick while events come, slow when idle. The wait grows with the time since the last event.
 
-    With the defaults: 1.5 ms at first, 5 ms after 0.1 s of silence, 50 ms after a second, 100 ms after two (docs/design.md, "Waking").
+    With the defaults: 1.5 ms at first, 5 ms after 0.1 s of silence, 50 ms after a second, 100 ms after two
+    (docs/design.md, "Waking").
     """
 
     shortest: float = 0.0015

@@ -503,8 +503,8 @@ MUTATIONS = (
         "outbox/inbox.py",
         (
             Edit(
-                "return set(self._connection(session).scalars(",
-                "with self._connection(session).engine.begin() as own:\n                return set(own.scalars(",
+                "return set(connection.exec_driver_sql(",
+                "with connection.engine.begin() as own:\n                return set(own.exec_driver_sql(",
             ),
         ),
         ("tests/test_inbox.py::test_a_rolled_back_claim_is_no_claim",),

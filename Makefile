@@ -8,7 +8,7 @@ WHOLE := -n 3 --dist loadfile --no-loadscope-reorder --durations=10
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test torture teeth lint bench
+.PHONY: help demo test torture teeth lint bench bench-compare
 
 help:
 	@echo "make demo    the whole way on real servers, with faults, checked; about a minute"
@@ -17,6 +17,7 @@ help:
 	@echo "make teeth   the code broken in one way at a time, and the test that fails; ONLY=naive-floor,no-recycling chooses"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make bench   all benchmarks, one JSON line each; ONLY=relay,latency chooses"
+	@echo "make bench-compare REF=HEAD~1   this tree's relay beside another commit's, in turns; fails where it is slower"
 
 demo: $(READY)
 	$(BIN)/python -m examples.chip_quality.demo
@@ -39,6 +40,9 @@ lint: $(READY)
 
 bench: $(READY)
 	ONLY=$(ONLY) $(BIN)/python -m benchmarks
+
+bench-compare: $(READY)
+	$(BIN)/python -m benchmarks.compare $(or $(REF),HEAD)
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=…")'

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from benchmarks import consumer, drain, idle, inbox, latency, transaction, write
+from benchmarks import consumer, drain, idle, inbox, latency, sweep, transaction, write
 from benchmarks.stage import Stage, say
 
 
@@ -31,15 +31,21 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "transaction": Benchmark(transaction.transaction, transaction.FULL, transaction.QUICK),
     "held-snapshot": Benchmark(drain.held_snapshot, drain.HELD, drain.HELD_QUICK),
     "idle": Benchmark(idle.idle, idle.FULL, idle.QUICK),
+    "load": Benchmark(latency.latency, latency.LOAD, latency.LOAD_QUICK),
+    "sweep": Benchmark(sweep.sweep, sweep.FULL, sweep.QUICK),
+    "sustained": Benchmark(latency.latency, latency.SUSTAINED, latency.SUSTAINED_QUICK),
 }
+
+LONG = ("load", "sweep", "sustained")
+"""A quarter of an hour and more: only when asked for."""
 
 
 def chosen(text: str) -> list[str]:
-    """The benchmarks that `text` names, by commas (empty: all), in their order. UsageError for another name."""
+    """The benchmarks that `text` names, by commas (empty: all but LONG), in their order. UsageError for others."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if unknown := [name for name in names if name not in BENCHMARKS]:
         raise click.UsageError(f"no benchmark {', '.join(unknown)}. There are: {', '.join(BENCHMARKS)}")
-    return [name for name in BENCHMARKS if name in names or not names]
+    return [name for name in BENCHMARKS if name in names or (not names and name not in LONG)]
 
 
 def flaws(found: Any) -> int:

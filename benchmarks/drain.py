@@ -1,7 +1,7 @@
 """`relay` and `held-snapshot`: how fast a backlog goes to Kafka."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +11,7 @@ import psycopg
 from benchmarks import machine
 from benchmarks.figures import Tally, added, difference
 from benchmarks.reader import Reader
-from benchmarks.stage import Contender, Stage, say
+from benchmarks.stage import Backlog, Contender, Stage, say
 from tests.servers.process import Process
 
 
@@ -42,6 +42,8 @@ class Round:
     """CPU seconds by process, from when the relay took up its work until the last event had come."""
     peak_mb: float | None
     """The most memory that the relay ever had."""
+    wal: int
+    """Bytes of WAL that PostgreSQL wrote meanwhile."""
 
 
 def relay(stage: Stage, sizes: Sizes) -> dict[str, Any]:
@@ -49,14 +51,14 @@ def relay(stage: Stage, sizes: Sizes) -> dict[str, Any]:
 
     A ratio is that of two neighbours: a machine that others use as well is not as fast a minute later.
     """
-    topic = stage.topic("drain")
+    backlog = Backlog((stage.topic("drain"),), sizes.events)
     contenders = [stage.relay("drain_relay"), stage.naive("drain_naive")]
-    _warm(stage, contenders, topic, sizes)
+    warm(stage, contenders, backlog, sizes.warming)
     rounds: dict[str, list[Round]] = {contender.name: [] for contender in contenders}
     for number in range(sizes.rounds):
         for contender in contenders:
-            rounds[contender.name].append(_fresh(stage, contender, topic, sizes.events))
-            say(f"relay: round {number + 1} of {sizes.rounds}: {_told(contender, rounds[contender.name][-1])}")
+            rounds[contender.name].append(fresh(stage, contender, backlog))
+            say(f"relay: round {number + 1} of {sizes.rounds}: {told(contender, rounds[contender.name][-1])}")
     ours, naive = _summary(rounds["relay"], sizes), _summary(rounds["naive"], sizes)
     ratios = [round(one.rate / other.rate, 2) for one, other in zip(*rounds.values(), strict=True)]
     return {
@@ -70,17 +72,17 @@ def relay(stage: Stage, sizes: Sizes) -> dict[str, Any]:
 
 def held_snapshot(stage: Stage, sizes: Sizes) -> dict[str, Any]:
     """One relay process, a backlog a round, while a session holds a snapshot: no deleted row can be vacuumed."""
-    topic = stage.topic("held")
+    backlog = Backlog((stage.topic("held"),), sizes.events)
     contender = stage.relay("held")
     rounds: list[Round] = []
     with stage.running(contender) as process:
         for _ in range(sizes.warming):
-            say(f"held-snapshot: warming {_told(contender, _while_running(stage, contender, topic, sizes, process))}")
+            say(f"held-snapshot: warming {told(contender, while_running(stage, contender, backlog, process))}")
             stage.vacuum(contender)
         with _snapshot(stage.postgres.url(contender.database)):
             for number in range(sizes.rounds):
-                rounds.append(_while_running(stage, contender, topic, sizes, process))
-                say(f"held-snapshot: round {number + 1} of {sizes.rounds}: {_told(contender, rounds[-1])}")
+                rounds.append(while_running(stage, contender, backlog, process))
+                say(f"held-snapshot: round {number + 1} of {sizes.rounds}: {told(contender, rounds[-1])}")
             size = stage.postgres.execute("SELECT pg_total_relation_size('outbox.outbox')", contender.database)
     rates = [one.rate for one in rounds]
     return {
@@ -91,38 +93,40 @@ def held_snapshot(stage: Stage, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def _warm(stage: Stage, contenders: Sequence[Contender], topic: str, sizes: Sizes) -> None:
+def warm(stage: Stage, contenders: Sequence[Contender], backlog: Backlog, rounds: int) -> None:
     """Rounds that count for nothing: broker, page cache and tables get into the state of a server that is at work."""
-    for _ in range(sizes.warming):
+    for _ in range(rounds):
         for contender in contenders:
-            say(f"warming: {_told(contender, _fresh(stage, contender, topic, sizes.events))}")
+            say(f"warming: {told(contender, fresh(stage, contender, backlog))}")
 
 
-def _fresh(stage: Stage, contender: Contender, topic: str, count: int) -> Round:
-    """A round whose relay starts when the backlog is there."""
+def fresh(stage: Stage, contender: Contender, backlog: Backlog, settings: Mapping[str, str] | None = None) -> Round:
+    """A round whose relay starts, with these `settings`, when the backlog is there."""
     stage.vacuum(contender)
-    stage.seed(contender, topic, count)
+    stage.seed(contender, backlog)
     stage.settle(contender)
-    with Reader(stage, topic, count) as reader:
-        with stage.running(contender) as process:
+    with Reader(stage, backlog) as reader:
+        with stage.running(contender, settings=settings) as process:
             pids = stage.pids(relay=process.pid)
-            before = machine.readings(pids)
+            before, wal = machine.readings(pids), stage.wal()
             reader.done()
             cpu, peak = difference(before, machine.readings(pids)), machine.peak_mb(process.pid)
+            wal = stage.wal() - wal
         reading = reader.reading()
-    return Round(reading.rate, reading.tally, {**cpu, "reader": round(reading.cpu, 3)}, peak)
+    return Round(reading.rate, reading.tally, {**cpu, "reader": round(reading.cpu, 3)}, peak, wal)
 
 
-def _while_running(stage: Stage, contender: Contender, topic: str, sizes: Sizes, process: Process) -> Round:
+def while_running(stage: Stage, contender: Contender, backlog: Backlog, process: Process) -> Round:
     """A round of a relay that is at work already: the backlog comes all at once, with the commit of its INSERT."""
-    with Reader(stage, topic, sizes.events) as reader:
+    with Reader(stage, backlog) as reader:
         pids = stage.pids(relay=process.pid)
-        before = machine.readings(pids)
-        stage.seed(contender, topic, sizes.events)
+        before, wal = machine.readings(pids), stage.wal()
+        stage.seed(contender, backlog)
         reader.done()
         cpu, peak = difference(before, machine.readings(pids)), machine.peak_mb(process.pid)
+        wal = stage.wal() - wal
         reading = reader.reading()
-    return Round(reading.rate, reading.tally, {**cpu, "reader": round(reading.cpu, 3)}, peak)
+    return Round(reading.rate, reading.tally, {**cpu, "reader": round(reading.cpu, 3)}, peak, wal)
 
 
 @contextmanager
@@ -153,6 +157,6 @@ def _median(values: Sequence[float | None]) -> float | None:
     return round(statistics.median(known), 3) if known else None
 
 
-def _told(contender: Contender, one: Round) -> str:
+def told(contender: Contender, one: Round) -> str:
     flaws = "" if one.tally.flawless else f"  {one.tally}"
     return f"{contender.name:5} {one.rate:9,.0f} events/s  CPU s {one.cpu}{flaws}"

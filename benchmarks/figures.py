@@ -36,12 +36,16 @@ class Tally:
         return not (self.lost or self.doubled or self.reordered or self.strangers)
 
 
-def key_of(number: int) -> bytes:
-    """The key of the event with this number: a thousand keys take turns, as `SEED_KEY` in stage.py says it in SQL."""
-    return b"key-%d" % (number % 1_000)
+KEYS = 1_000
+"""So many keys take turns."""
 
 
-def tally(count: int, arrivals: Iterable[tuple[int, bytes]]) -> Tally:
+def key_of(number: int, keys: int = KEYS) -> bytes:
+    """The key of the event with this number, as `Stage.seed` says it in SQL."""
+    return b"key-%d" % (number % keys)
+
+
+def tally(count: int, arrivals: Iterable[tuple[int, bytes]], keys: int = KEYS) -> Tally:
     """Compare what came (number and key, in the order of arrival within each key) with 1 to `count`."""
     seen: set[int] = set()
     latest: dict[bytes, int] = {}
@@ -49,7 +53,7 @@ def tally(count: int, arrivals: Iterable[tuple[int, bytes]]) -> Tally:
     for number, key in arrivals:
         if number in seen:
             doubled += 1
-        elif not 1 <= number <= count or key != key_of(number):
+        elif not 1 <= number <= count or key != key_of(number, keys):
             strangers += 1
         else:
             seen.add(number)
@@ -88,12 +92,13 @@ def steady_rate(count: int, marks: Sequence[Mark]) -> float:
     return (last.events - marks[0].events) / (last.at - marks[0].at) * 1e9
 
 
-def arrival_times(numbers: Sequence[int], marks: Sequence[Mark]) -> dict[int, int]:
-    """When each number came first: the time of the chunk that brought it."""
+def arrival_times(numbers: Sequence[int], marks: Sequence[Mark], every: int = 1) -> dict[int, int]:
+    """When each number that `every` divides came first: the time of the chunk that brought it."""
     times: dict[int, int] = {}
     for before, mark in pairwise([Mark(0, 0), *marks]):
         for number in numbers[before.events : mark.events]:
-            times.setdefault(number, mark.at)
+            if number % every == 0:
+                times.setdefault(number, mark.at)
     return times
 
 

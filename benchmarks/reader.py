@@ -15,7 +15,7 @@ from typing import Any, Self
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from benchmarks.figures import Mark, Tally, arrival_times, steady_rate, tally
-from benchmarks.stage import PARTITIONS, Stage
+from benchmarks.stage import Backlog, Stage
 
 CHUNK = 2_000
 """Events taken at once in a drain: some 15 ms of it."""
@@ -43,13 +43,16 @@ SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Read `count` events of `topic`, from its present end."""
+    """Read `count` events of `topics`, from their present ends."""
 
     bootstrap: str
-    topic: str
+    topics: tuple[str, ...]
+    partitions: int
     count: int
-    each: bool
-    """Take each event as soon as it is there, and note when (latency). False: in chunks (throughput)."""
+    keys: int
+    every: int
+    """Take each event as soon as it is there, and note when every so many-th came (latency). 0: in chunks
+    (throughput)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +65,16 @@ class Reading:
     cpu: float
     """CPU seconds of the reader."""
     times: dict[int, int]
-    """Number → arrival in ns of CLOCK_MONOTONIC; empty unless `Task.each`."""
+    """Number → arrival in ns of CLOCK_MONOTONIC; empty where `Task.every` is 0."""
 
 
 class Reader:
     """The reader's process, seen from the benchmark. In place when the `with` block begins."""
 
-    def __init__(self, stage: Stage, topic: str, count: int, *, each: bool = False) -> None:
+    def __init__(self, stage: Stage, backlog: Backlog, *, every: int = 0) -> None:
         context = get_context("spawn")
         self._pipe, self._its_pipe = context.Pipe()
-        task = Task(stage.kafka.bootstrap, topic, count, each)
+        task = Task(stage.kafka.bootstrap, backlog.topics, backlog.partitions, backlog.events, backlog.keys, every)
         self._process = context.Process(target=read, args=(self._its_pipe, task), daemon=True)
 
     def done(self) -> None:
@@ -101,7 +104,8 @@ def read(pipe: Connection, task: Task) -> None:
     """The reader's process."""
     gc.disable()  # nothing here makes cycles
     consumer = Consumer({**SETTINGS, "bootstrap.servers": task.bootstrap})
-    consumer.assign([_end(consumer, TopicPartition(task.topic, number)) for number in range(PARTITIONS)])
+    places = [TopicPartition(topic, number) for topic in task.topics for number in range(task.partitions)]
+    consumer.assign([_end(consumer, place) for place in places])
     consumer.poll(0)
     collected = _Collected(consumer)
     pipe.send("in place")
@@ -123,7 +127,7 @@ def _end(consumer: Consumer, partition: TopicPartition) -> TopicPartition:
 def _collect(collected: "_Collected", task: Task) -> None:
     deadline = time.monotonic() + PATIENCE
     while (left := task.count - len(collected.numbers)) > 0 and time.monotonic() < deadline:
-        came = collected.take_at_once() if task.each else collected.take(min(CHUNK, left), 0.1)
+        came = collected.take_at_once() if task.every else collected.take(min(CHUNK, left), 0.1)
         if came:
             deadline = time.monotonic() + PATIENCE
 
@@ -159,8 +163,8 @@ class _Collected:
 
     def reading(self, task: Task, cpu: float) -> Reading:
         return Reading(
-            tally(task.count, zip(self.numbers, self.keys, strict=True)),
+            tally(task.count, zip(self.numbers, self.keys, strict=True), task.keys),
             steady_rate(task.count, self.marks),
             cpu,
-            arrival_times(self.numbers, self.marks) if task.each else {},
+            arrival_times(self.numbers, self.marks, task.every) if task.every else {},
         )

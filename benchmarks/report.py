@@ -10,6 +10,8 @@ from typing import Any, TextIO
 
 import click
 
+from benchmarks.sweep import flat
+
 Result = Mapping[str, Any]
 """A line of `python -m benchmarks`."""
 
@@ -70,6 +72,8 @@ GOALS = (
     Goal("inbox", "inbox: events a second, at least", lambda one: one["events_per_s"], at_least=60_000),
     Goal("consumer", "consumer: events a second in batches", _consumed("batches"), at_least=30_000),
     Goal("consumer", "consumer: one by one, 8 keys at once", _consumed("one by one, 8 at once"), at_least=1_200),
+    Goal("sweep", "backlogs of 10k to 5M: slowest to fastest", lambda one: flat(one["points"]), at_least=0.9),
+    Goal("sustained", "10,000/s for ten minutes, 20 writers: p95", _latency(0, "p95_ms"), at_most=30, unit=" ms"),
     Goal("idle", "idle: a relay", lambda one: one["percent_of_a_core"]["relay"], at_most=1, unit=" % of a core"),
 )
 
@@ -92,6 +96,9 @@ def report(results: Mapping[str, Result]) -> str:
         "inbox": _inbox,
         "consumer": _consumer,
         "idle": _idle,
+        "load": _loads,
+        "sweep": _sweep,
+        "sustained": _loads,
     }
     parts += [detail(results[name]) for name, detail in details.items() if name in results]
     return "\n".join(parts)
@@ -155,9 +162,38 @@ def _loads(result: Result) -> str:
         ]
         for load in result["loads"]
         for name in ("relay", "naive")
+        if name in load
     ]
     head = ("load", "", "p50 ms", "p95", "p99", "max", f"cores: {', '.join(processes)}")
     return f"Latency, {result['seconds']:g} s of each load:\n\n" + table(head, rows)
+
+
+def _sweep(result: Result) -> str:
+    names = ("what", "value", "events_per_s", "mb_per_s", "relay_cpu_us_per_event", "wal_bytes_per_event", "peak_mb")
+    rows = [
+        [
+            *(_text(one[name]) for name in (*names, "ratio_to_naive")),
+            f"{one['lost']}, {one['doubled']}, {one['reordered']}",
+        ]
+        for one in result["points"]
+    ]
+    head = (
+        "",
+        "",
+        "events/s",
+        "MB/s",
+        "relay's CPU, µs an event",
+        "WAL, bytes an event",
+        "peak MB",
+        "times the naive one",
+    )
+    return f"One thing different from a backlog of {result['events']:,} events:\n\n" + table(
+        (*head, "lost, doubled, reordered"), rows
+    )
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _held(result: Result) -> str:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from benchmarks import machine, naive
+from benchmarks.figures import KEYS
 from outbox.migrate import migrate
 from tests.servers import Kafka, Postgres, ServerError
 from tests.servers.broker import VERSION
@@ -26,10 +27,6 @@ PARTITIONS = 4
 TYPE = "com.chipquality.events.inspection.INSPECTION_COMPLETED"
 FINGERPRINT = 1_234_567  # the relay frames the bytes and never reads them
 VALUE_BYTES = 200
-FILLER = f"decode(repeat('ab', {VALUE_BYTES - 8}), 'hex')"
-SEED_KEY = "'key-' || (n % 1000)"
-"""The key of event n (figures.key_of). The value starts with n as eight bytes, big-endian."""
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -43,10 +40,43 @@ class Contender:
     command: tuple[str, ...]
     ready: str
     """What its log says when it takes up its work."""
+    root: Path = ROOT
+    """The tree that its program comes from."""
 
     def rows(self) -> str:
         """The columns of an event."""
         return f"{self.table} (id, type, topic, key, value, fingerprint)"
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Events 1 to `events` that wait. A value starts with the event's number as eight bytes, big-endian."""
+
+    topics: tuple[str, ...]
+    """Each key has its topic."""
+    events: int
+    size: int = VALUE_BYTES
+    """Bytes of a value."""
+    keys: int = KEYS
+    """They take turns (figures.key_of)."""
+    partitions: int = PARTITIONS
+    """Of each topic."""
+    headers: int = 0
+    """Of the event's own, 20 bytes each."""
+
+    def insert(self, contender: Contender) -> str:
+        """One INSERT of all of them."""
+        topics = ", ".join(f"'{topic}'" for topic in self.topics)
+        own = ", ".join(f"'header-{number}', 'value-of-{number}'" for number in range(self.headers))
+        columns, headers = contender.rows(), ""
+        if self.headers:
+            columns, headers = columns.replace("fingerprint", "fingerprint, headers"), f", jsonb_build_object({own})"
+        return (
+            f"INSERT INTO {columns} SELECT gen_random_uuid(), '{TYPE}',"
+            f" (ARRAY[{topics}])[1 + n % {self.keys} % {len(self.topics)}], 'key-' || (n % {self.keys}),"
+            f" int8send(n) || decode(repeat('ab', {self.size - 8}), 'hex'), {FINGERPRINT}{headers}"
+            f" FROM generate_series(1::bigint, {self.events}) AS n"
+        )
 
 
 class Stage:
@@ -72,15 +102,15 @@ class Stage:
             self._kafka.start()
         return self._kafka
 
-    def database(self, name: str) -> str:
-        """URL of a new database with the outbox's tables, one lane."""
+    def database(self, name: str, lanes: int = 1) -> str:
+        """URL of a new database with the outbox's tables."""
         url = self.postgres.create_database(name)
-        migrate(url)
+        migrate(url, lanes=lanes)
         return url
 
-    def relay(self, database: str) -> Contender:
+    def relay(self, database: str, lanes: int = 1) -> Contender:
         """Our relay on a new database."""
-        self.database(database)
+        self.database(database, lanes)
         return Contender("relay", database, "outbox.outbox", ("relay", "run"), "lane taken")
 
     def naive(self, database: str) -> Contender:
@@ -89,17 +119,17 @@ class Stage:
         self.postgres.execute(naive.TABLE, database)
         return Contender("naive", database, "naive", ("benchmarks.naive",), naive.READY)
 
-    def topic(self, name: str) -> str:
-        """A new topic of four partitions."""
-        return self.kafka.create_topic(name, PARTITIONS)
+    def topic(self, name: str, partitions: int = PARTITIONS) -> str:
+        """A new topic."""
+        return self.kafka.create_topic(name, partitions)
 
-    def seed(self, contender: Contender, topic: str, count: int) -> None:
-        """Events 1 to `count` in one INSERT: `VALUE_BYTES` of value, a key of a thousand."""
-        self.postgres.execute(
-            f"INSERT INTO {contender.rows()} SELECT gen_random_uuid(), '{TYPE}', '{topic}', {SEED_KEY},"
-            f" int8send(n) || {FILLER}, {FINGERPRINT} FROM generate_series(1::bigint, {count}) AS n",
-            contender.database,
-        )
+    def seed(self, contender: Contender, backlog: Backlog) -> None:
+        """All of it in one INSERT."""
+        self.postgres.execute(backlog.insert(contender), contender.database)
+
+    def wal(self) -> int:
+        """Bytes of WAL that were written since the cluster began."""
+        return int(self.postgres.execute("SELECT pg_current_wal_insert_lsn() - '0/0'")[0][0])
 
     def vacuum(self, contender: Contender) -> None:
         """No vacuum is due in the next round: its figure would depend on when it comes."""
@@ -111,12 +141,16 @@ class Stage:
         self.postgres.execute("CHECKPOINT")
 
     @contextmanager
-    def running(self, contender: Contender, *, ready: str | None = None) -> Iterator[Process]:
-        """The contender's process, from when its log says `ready` until it has stopped in order."""
+    def running(
+        self, contender: Contender, *, ready: str | None = None, settings: Mapping[str, str] | None = None
+    ) -> Iterator[Process]:
+        """The contender's process, from when its log says `ready` until it has stopped in order. `settings` go into its
+        environment."""
         environment = {
             "OUTBOX_DATABASE_URL": self.postgres.url(contender.database),
             "OUTBOX_KAFKA_BOOTSTRAP_SERVERS": self.kafka.bootstrap,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(contender.root),
+            **(settings or {}),
         }
         folder = make_folder("benchmark")
         command = [sys.executable, "-m", *contender.command]

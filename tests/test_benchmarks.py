@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import machine
-from benchmarks.__main__ import BENCHMARKS, chosen, flaws
+from benchmarks.__main__ import BENCHMARKS, LONG, chosen, flaws
 from benchmarks.figures import (
     Mark,
     Tally,
@@ -25,6 +25,7 @@ from benchmarks.figures import (
     tally,
 )
 from benchmarks.report import GOALS, main, report
+from benchmarks.sweep import flat
 
 
 def arrivals(*numbers: int) -> list[tuple[int, bytes]]:
@@ -115,7 +116,7 @@ def test_cpu_of_a_process_that_cannot_be_read_is_unknown() -> None:
 
 def test_only_chooses_benchmarks_and_refuses_unknown_names() -> None:
     assert chosen("latency, relay") == ["relay", "latency"]
-    assert chosen("") == list(BENCHMARKS)
+    assert chosen("") == [name for name in BENCHMARKS if name not in LONG]
     with pytest.raises(Exception, match=r"no benchmark layency\. There are: write"):
         chosen("layency,relay")
 
@@ -183,6 +184,11 @@ def test_the_report_shows_what_a_consumer_takes_in_batches_and_one_by_one() -> N
     assert "| consumer: events a second in batches | 31,000 | ≥ 30,000 | met |" in text
     assert "| consumer: one by one, 8 keys at once | 900 | ≥ 1,200 | missed |" in text
     assert "| batches | 31,000 | 30,000 31,000 | consumer 4.5, broker None | 0 |" in text
+
+
+def test_backlogs_are_flat_by_the_slowest_length_to_the_fastest() -> None:
+    points = [{"what": "backlog", "events_per_s": rate} for rate in (100_000, 80_000, 90_000)]
+    assert flat([*points, {"what": "keys", "events_per_s": 1}]) == 0.8
 
 
 def test_the_report_reads_a_file_of_lines(tmp_path: Path) -> None:

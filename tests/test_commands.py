@@ -381,7 +381,6 @@ SECRET = "hunter2"
     "url",
     [
         f"postgresql://u:{SECRET}@h:5432/d",
-        f"postgresql://u:{SECRET}@x@h/d",
         f"postgresql://u:{SECRET}/x@h/d",
         f"postgresql://u:a?{SECRET}@h/d",
         f"postgresql://u:a#{SECRET}@h/d",

@@ -1,5 +1,6 @@
 """The way end to end: a relay process between a real database and a real broker."""
 
+import json
 import os
 import signal
 import threading
@@ -235,6 +236,47 @@ def test_a_batch_is_cut_where_its_progress_would_not_fit(site: Site, topic: Make
     assert len(check_exactly_once(site)) == 20_000
     assert 1_000 < max(sizes(relay)) < 4_000
     assert not relay.said("lane in trouble")
+
+
+COUNTING = """
+import collections, json, pathlib
+from relay import queries, transaction
+counts = collections.Counter()
+def counting(cls, name):
+    call = getattr(cls, name)
+    def counted(*arguments, **named):
+        counts[name] += 1
+        return call(*arguments, **named)
+    setattr(cls, name, counted)
+for name in ("advance", "holders"):
+    counting(queries.Queries, name)
+counting(transaction.Transactions, "commit")
+fetch, farewell = queries.Queries.fetch, queries.Queries.farewell
+async def counted_fetch(*arguments):
+    rows = await fetch(*arguments)
+    counts["fetch"] += bool(rows)
+    return rows
+async def written(*arguments):
+    pathlib.Path(__file__).with_name("counts").write_text(json.dumps(counts))
+    await farewell(*arguments)
+queries.Queries.fetch, queries.Queries.farewell = counted_fetch, written
+"""
+"""Patch of a relay that writes down at its end what it asked of its servers."""
+
+
+def test_a_batch_costs_a_fetch_a_delete_and_one_transaction(site: Site, topic: MakeTopic, tmp_path: Path) -> None:
+    """A change that makes it more is seen here, whatever the machine's mood. Taking the lane comes on top: a statement,
+    and an empty transaction of each id."""
+    site.seed(topic(4), 20_000)
+    relay = site.taken(**patched(tmp_path, COUNTING), OUTBOX_BATCH_ROWS="1000")
+    check_exactly_once(site)
+    batches = len(sizes(relay))
+    assert batches == 20
+    counts = json.loads((tmp_path / "counts").read_text())
+    assert counts["fetch"] == batches
+    assert counts["advance"] == batches + 1
+    assert counts["commit"] == batches + 2
+    assert counts["holders"] <= batches + 2
 
 
 def test_a_slow_delete_holds_the_batches_back_and_breaks_nothing(site: Site, topic: MakeTopic) -> None:

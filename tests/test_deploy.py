@@ -33,6 +33,9 @@ from relay.tracing import CLOSE_SECONDS
 from relay.transaction import check_settings
 from relay.views import Backlog, Waiting
 from tests.relay_process import ROOT
+from tests.servers import ServerUnavailable
+from tests.servers.choice import is_forced
+from tests.servers.debian import program
 
 DEPLOY = ROOT / "deploy"
 IMAGE = f"kafka-outbox:{version('kafka-outbox')}"
@@ -478,9 +481,22 @@ def test_every_reason_that_is_asked_for_is_one_of_the_relay_s() -> None:
         assert set(reasons.split("|")) <= set(ENDS)
 
 
+def test_the_alerts_pass_their_tests() -> None:
+    try:
+        promtool = program("promtool", "prometheus")
+    except ServerUnavailable as error:
+        if is_forced():
+            raise
+        pytest.skip(str(error))
+    for arguments in (["check", "rules", "alerts.yaml"], ["test", "rules", "alerts_test.yaml"]):
+        done = subprocess.run(
+            [promtool, *arguments], cwd=DEPLOY / "prometheus", capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("name", ALERTS)
 def test_each_alert_says_what_to_do_and_has_tests_for_and_against_it(name: str) -> None:
-    """The tests themselves are promtool's: `promtool test rules deploy/prometheus/alerts_test.yaml`."""
     page = (ROOT / "docs" / "operations.md").read_text()
     assert f"\n| `{name}` | " in page
     annotations = ALERTS[name]["annotations"]

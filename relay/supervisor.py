@@ -408,7 +408,7 @@ def _registry(config: RelayConfig, queries: Queries, threads: ThreadPoolExecutor
 
 def _tracing(outbox: str, instance: str) -> "Tracing | None":
     """Late: without OpenTelemetry's variables the relay needs none of its packages."""
-    if not any(os.environ.get(name) for name in _TRACES):
+    if not {os.environ.get(name, "") for name in _TRACES} - {"", "none"}:
         return None
     try:
         from relay import tracing

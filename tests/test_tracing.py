@@ -195,6 +195,8 @@ def test_without_the_variables_nothing_is_imported_and_without_the_extra_it_is_s
     monkeypatch.delattr("relay.tracing", raising=False)
     with capture_logs() as lines:
         assert supervisor._tracing("shop", "i") is None
+        monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+        assert supervisor._tracing("shop", "i") is None
         assert lines == []
         monkeypatch.setenv("OTEL_TRACES_EXPORTER", "console")
         assert supervisor._tracing("shop", "i") is None

@@ -96,6 +96,7 @@ def report(results: Mapping[str, Result]) -> str:
         "inbox": _inbox,
         "consumer": _consumer,
         "idle": _idle,
+        "compression": _compression,
         "load": _loads,
         "sweep": _sweep,
         "sustained": _loads,
@@ -190,6 +191,20 @@ def _sweep(result: Result) -> str:
     return f"One thing different from a backlog of {result['events']:,} events:\n\n" + table(
         (*head, "lost, doubled, reordered"), rows
     )
+
+
+def _compression(result: Result) -> str:
+    rows = [
+        [
+            one["codec"],
+            _text(one["batch_rows"]),
+            _text(one["bytes_per_event"]),
+            *(_text(one["cpu_us_per_event"][name]) for name in ("relay", "broker", "database")),
+        ]
+        for one in result["codecs"]
+    ]
+    head = ("codec", "events a transaction", "bytes of log an event", "CPU, µs an event: relay", "broker", "database")
+    return f"The platform's own events, {result['events']:,} of them:\n\n" + table(head, rows)
 
 
 def _text(value: Any) -> str:

@@ -173,6 +173,12 @@ class Kafka:
             pass  # list_topics waits for the broker's answer: no busy loop
         return name
 
+    def log_bytes(self, topic: str) -> int | None:
+        """Bytes of the topic's log on the first broker's disk; None where that cannot be seen from here."""
+        if not self._brokers or not isinstance(self._brokers[0], LocalBroker):
+            return None
+        return sum(log.stat().st_size for log in self._brokers[0].folder.glob(f"data/{topic}-*/*.log"))
+
     def _chosen(self, broker: int | None) -> "list[LocalBroker] | list[_DockerBroker]":
         if not self._brokers:
             raise ServerError("This Kafka was not started here, so it cannot be stopped here.")

@@ -262,10 +262,11 @@ def test_selectors_select_the_pods() -> None:
     for source, objects in manifests().items():
         [*labels] = [one["spec"]["template"]["metadata"]["labels"] for one in objects if one["kind"] == "Deployment"]
         for one in objects:
-            if selector := one.get("spec", {}).get("selector"):
+            spec = one.get("spec", {})
+            if selector := spec.get("selector") or spec.get("podSelector"):
                 assert selector["matchLabels"].items() <= labels[0].items(), source
     kinds = {source: [one["kind"] for one in objects] for source, objects in manifests().items()}
-    assert "PodDisruptionBudget" in kinds["relay"]
+    assert kinds["relay"] == ["ServiceAccount", "Deployment", "PodDisruptionBudget", "NetworkPolicy"]
     assert "PodDisruptionBudget" in kinds["helm-defaults"]
     assert "PodDisruptionBudget" not in kinds["helm-one"], "it would forbid nothing, or every drain"
 

@@ -52,6 +52,7 @@ RELEASES: dict[str, dict[str, Any]] = {
         "secret": {"files": {"OUTBOX_KAFKA_SASL_PASSWORD": "kafka-password"}},
         "port": 9000,
         "drainTimeout": 45,
+        "podAnnotations": {"team": "shop"},
         "nodeSelector": {"disk": "ssd"},
         "tolerations": [{"key": "dedicated", "operator": "Exists"}],
     },
@@ -97,15 +98,21 @@ class Place:
 
 
 def in_kubernetes(source: str) -> Place:
-    [pod] = [one["spec"]["template"]["spec"] for one in manifests()[source] if one["kind"] == "Deployment"]
+    objects = {one["kind"]: one for one in manifests()[source]}
+    template = objects["Deployment"]["spec"]["template"]
+    pod, annotations = template["spec"], template["metadata"]["annotations"]
     [container] = containers(pod)
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     probes = {name: container[name]["httpGet"] for name in ("livenessProbe", "readinessProbe")}
+    asked = {name: (probe["path"], ports[probe["port"]]) for name, probe in probes.items()}
+    asked["prometheus"] = annotations["prometheus.io/path"], int(annotations["prometheus.io/port"])
+    if policy := objects.get("NetworkPolicy"):
+        asked["allowed"] = "/metrics", policy["spec"]["ingress"][0]["ports"][0]["port"]
     return Place(
         {one["name"]: one["value"] for one in container["env"]},
         pod["terminationGracePeriodSeconds"] - SERVICE_SECONDS.get(source, 0),
         container["args"],
-        {name: (probe["path"], ports[probe["port"]]) for name, probe in probes.items()},
+        asked,
         asked_from_outside=True,
     )
 
@@ -322,6 +329,11 @@ def test_the_chart_s_values_reach_the_relay() -> None:
     assert pod["terminationGracePeriodSeconds"] == 55
     assert pod["containers"][0]["image"] == "kafka-outbox:1.2.3"
     assert pod["nodeSelector"] == {"disk": "ssd"}
+    assert pod["tolerations"] == [{"key": "dedicated", "operator": "Exists"}]
+    assert pod["imagePullSecrets"] == [{"name": "registry"}]
+    [deployment] = [one for one in manifests()["helm-all"] if one["kind"] == "Deployment"]
+    assert deployment["spec"]["replicas"] == 3
+    assert deployment["spec"]["template"]["metadata"]["annotations"]["team"] == "shop"
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/outbox codegen --check schemas examples/chip_quality/events.py
+	$(BIN)/python -m tests.browser
 	$(BIN)/python -m pytest $(or $(ARGS),$(WHOLE))
 
 torture: $(READY)

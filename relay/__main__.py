@@ -58,6 +58,8 @@ def run(config: Path | None) -> None:
     try:
         settings = load(path=config)
         _configure_logging(settings.log_level)
+        if config is not None:
+            os.environ["OUTBOX_CONFIG"] = str(config)  # for the commands that the page runs
         gc.set_threshold(GC_THRESHOLD)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_run(Relay(settings, Failpoint(os.environ.get(VARIABLE))), settings.log_level))

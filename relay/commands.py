@@ -264,24 +264,36 @@ def list_command(
 
 @dead_group.command("show")
 @click.argument("event_id", type=click.UUID)
-@click.option("--value", "with_value", is_flag=True, help="Also the event's content, in base64.")
+@click.option("--value", "with_value", is_flag=True, help="Also the event's value, in base64.")
+@click.option("--content", "with_content", is_flag=True, help="Also what the value says, if it can be decoded.")
 @_config
-def show_command(event_id: UUID, with_value: bool, config: Path | None) -> None:
+def show_command(event_id: UUID, with_value: bool, with_content: bool, config: Path | None) -> None:
     """Show one parked event as JSON.
 
     \b
     Example:
-      relay dead show 01937f0c-5c5d-7e6b-8f0a-3f6d2c1b0a99 --value
+      relay dead show 01937f0c-5c5d-7e6b-8f0a-3f6d2c1b0a99 --content
 
     Exit code 1: it is not parked.
     """
-    found = _asked(config, lambda desk: desk.views.parked_event(event_id))
+    found = _asked(config, lambda desk: _parked(desk, event_id, with_content))
     if found is None:
         click.echo(f"relay: {event_id} is not parked", err=True)
         sys.exit(EXIT_UNWELL)
     value = found.pop("value")
     found["bytes"] = None if value is None else len(value)
     _echo_json({**found, "value": value} if with_value else found)
+
+
+async def _parked(desk: Desk, event_id: UUID, with_content: bool) -> dict[str, Any] | None:
+    found = await desk.views.parked_event(event_id)
+    if found is None or not with_content:
+        return found
+    from relay.content import content  # late: it brings Avro
+
+    fingerprint = None if found["fingerprint"] is None else int(found["fingerprint"])
+    schema = None if fingerprint is None else await desk.queries.avro_schema(fingerprint)
+    return {**found, "content": content(found["value"], fingerprint, schema)}
 
 
 @dead_group.command("retry")

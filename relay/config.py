@@ -60,6 +60,9 @@ KAFKA_DEFAULTS: Mapping[str, str | int | float | bool] = {
     "message.max.bytes": 1_048_588,
 }
 
+LEAST_TOKEN = 20
+"""Characters of the page's token."""
+
 SUBJECT_STRATEGIES = ("TopicNameStrategy", "RecordNameStrategy", "TopicRecordNameStrategy")
 """As Confluent names them."""
 
@@ -120,8 +123,10 @@ class RelayConfig:
     prepared_statements: bool = True
     """False for PgBouncer in transaction mode before 1.21, which cannot keep them."""
     http: str = ""
-    """Where probes and metrics are served: `host:port`, or `:port` for this machine only (127.0.0.1). Empty: nowhere,
-    for a port that is taken unasked could be the application's beside it."""
+    """Where probes, metrics and the page are served: `host:port`, or `:port` for this machine only (127.0.0.1). Empty:
+    nowhere, for a port that is taken unasked could be the application's beside it."""
+    ui_token: str = field(default="", repr=False)
+    """Who gives it may see contents, retry, discard and search on the page. Empty: nobody may."""
     ready_needs_kafka: bool = False
     """True: /readyz also asks that Kafka is reached. Not for a sidecar: its application needs no Kafka to be ready."""
     log_level: str = "info"
@@ -156,6 +161,11 @@ class RelayConfig:
         self._check_registry()
         if self.http:
             _ = self.http_address
+        if self.ui_token and len(self.ui_token) < LEAST_TOKEN:
+            raise ConfigError(
+                f"{_named('ui_token')} has {len(self.ui_token)} characters: {LEAST_TOKEN} are the least, for it can be "
+                "tried without end. `openssl rand -hex 32` makes one"
+            )
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"{_named('log_level')} is {self.log_level!r}: use debug, info, warning or error")
 

@@ -40,6 +40,11 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += times
         self.total += value * times
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Observations between each bound and the one before it, and those above the last."""
+        return tuple(self._counts)
+
     def cumulated(self) -> list[tuple[str, float]]:
         """Upper bound and count, up to +Inf."""
         so_far, pairs = 0, []

@@ -7,17 +7,20 @@ when it is asked for, at most every MEASURE_SECONDS; what could not be measured 
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from relay.config import RelayConfig
 from relay.errors import DatabaseTrouble
-from relay.http import Answer, Page
+from relay.history import History
+from relay.http import Answer, Route
 from relay.metrics import Metrics
 from relay.queries import TROUBLE
 from relay.views import LOOK_SECONDS, Backlog, Views
+
+T = TypeVar("T")
 
 LOOP_SECONDS = 10.0
 """An event loop that has not turned for so long hangs. It turns once a millisecond while it publishes."""
@@ -54,6 +57,7 @@ class Monitor:
 
     def __init__(self, config: RelayConfig, version: str, lanes: Callable[[], list[LaneState]]) -> None:
         self.metrics = Metrics()
+        self.history = History(self.metrics)
         self.outbox: str | None = None
         """The outbox's name, once its tables were found right."""
         self.kafka_reached = False
@@ -73,6 +77,7 @@ class Monitor:
 
     def _beat(self) -> None:
         self._loop_at = time.monotonic()
+        self.history.take()
         self._loop.call_later(BEAT_SECONDS, self._beat)
 
     def opened(self, outbox: str, views: Views) -> None:
@@ -112,15 +117,15 @@ class Monitor:
             if state.error is not None and not state.taken
         ]
 
-    # ---- pages -------------------------------------------------------------------------------------------------------
+    # ---- what is served ----------------------------------------------------------------------------------------------
 
-    def pages(self) -> Mapping[str, Page]:
+    def routes(self) -> Mapping[str, Route]:
         """By path."""
         return {
-            "/livez": self._livez,
-            "/readyz": self._readyz,
-            "/metrics": self._metrics,
-            "/status": self._status,
+            "/livez": Route(lambda _: self._livez(), by_any_name=True),
+            "/readyz": Route(lambda _: self._readyz(), by_any_name=True),
+            "/metrics": Route(lambda _: self._metrics(), by_any_name=True),
+            "/status": Route(lambda _: self._status()),
         }
 
     async def _livez(self) -> Answer:
@@ -130,8 +135,11 @@ class Monitor:
         return _probe(self.lacks())
 
     async def _status(self) -> Answer:
+        return Answer(HTTPStatus.OK, json.dumps(self.account()).encode(), "application/json")
+
+    def account(self) -> dict[str, Any]:
         """What this relay knows that the database does not; `relay status` asks for it."""
-        document = {
+        return {
             "outbox": self.outbox,
             "version": self._version,
             "away": self.away,
@@ -141,7 +149,6 @@ class Monitor:
                 {name: value for name, value in asdict(state).items() if name != "turned_at"} for state in self._lanes()
             ],
         }
-        return Answer(HTTPStatus.OK, json.dumps(document).encode(), "application/json")
 
     async def _metrics(self) -> Answer:
         try:  # late: a relay without HTTP needs none of it
@@ -155,8 +162,12 @@ class Monitor:
         return Answer(HTTPStatus.OK, generate_latest(registry), CONTENT_TYPE_LATEST)
 
     async def _measured(self) -> Backlog | None:
-        """The backlog, measured by the relay's loop, which the database's connections belong to."""
-        asked = asyncio.run_coroutine_threadsafe(self.measure(), self._loop)
+        return await self.asked(self.measure())
+
+    async def asked(self, look: Coroutine[Any, Any, T]) -> T | None:
+        """What `look` gives, run by the relay's loop, which the database's connections belong to. None: not within
+        LOOK_SECONDS."""
+        asked = asyncio.run_coroutine_threadsafe(look, self._loop)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(asked), LOOK_SECONDS)
         except TimeoutError:

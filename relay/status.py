@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Iterable, Mapping
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 
@@ -19,8 +20,23 @@ ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- asked for, 
 async def status(config: RelayConfig, meta: Meta, views: Views) -> dict[str, Any]:
     """One document for people and scripts."""
     local = await asyncio.to_thread(_local, config)
-    beside = {lane["lane"]: lane for lane in local["lanes"]} if local and local["outbox"] == meta.name else {}
-    backlog = await views.backlog()
+    beside = local["lanes"] if local and local["outbox"] == meta.name else []
+    return {
+        "outbox": meta.name,
+        "uuid": str(meta.uuid),
+        "copied": meta.copied,
+        **await look(views, beside),
+        "relay_beside": local and {name: local[name] for name in ("version", "away", "live", "ready")},
+    }
+
+
+async def look(
+    views: Views, beside: Iterable[Mapping[str, Any]], floors: Mapping[int, int] | None = None
+) -> dict[str, Any]:
+    """What the database knows, and of the lanes `beside` what a relay says of its own. `floors`: theirs, to look at
+    less."""
+    own = {lane["lane"]: lane for lane in beside}
+    backlog = await views.backlog(floors, every=True)
     waiting = {lane.lane: lane for lane in backlog.lanes}
     lanes = [
         {
@@ -28,22 +44,18 @@ async def status(config: RelayConfig, meta: Meta, views: Views) -> dict[str, Any
             "pending": waiting[lane["lane"]].events,
             "pending_is_exact": waiting[lane["lane"]].exact,
             "oldest_seconds": waiting[lane["lane"]].oldest,
-            "floor_lag": beside.get(lane["lane"], {}).get("floor_lag"),
-            "last_error": beside.get(lane["lane"], {}).get("error"),
+            "floor_lag": own.get(lane["lane"], {}).get("floor_lag"),
+            "last_error": own.get(lane["lane"], {}).get("error"),
         }
         for lane in await views.lanes()
         if lane["lane"] in waiting
     ]
     return {
-        "outbox": meta.name,
-        "uuid": str(meta.uuid),
-        "copied": meta.copied,
         "lanes": lanes,
         "relays": await views.relays(),
         "writers": await views.writers(),
         "parked": backlog.parked,
         "clock_offset_seconds": backlog.clock_offset,
-        "relay_beside": local and {name: local[name] for name in ("version", "away", "live", "ready")},
     }
 
 

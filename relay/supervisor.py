@@ -33,6 +33,7 @@ from relay.http import Server
 from relay.leases import plan
 from relay.monitor import LaneState, Monitor
 from relay.pace import Backoff
+from relay.page import Page
 from relay.queries import REFUSED, TROUBLE, LaneRow, Meta, Queries, connect, is_final, words_of
 from relay.transaction import check_settings
 from relay.views import Views
@@ -181,7 +182,8 @@ class Relay:
         if not self._config.http:
             return None
         self._monitor = Monitor(self._config, version("kafka-outbox"), self._lane_states)
-        server = Server(*self._config.http_address, self._monitor.pages())
+        routes = {**self._monitor.routes(), **Page(self._config, self._monitor).routes()}
+        server = Server(*self._config.http_address, routes)
         server.start()
         return server
 

@@ -52,9 +52,9 @@ class Views:
         self._pool = pool
         self._schema = '"' + schema.replace('"', '""') + '"'
 
-    async def backlog(self, floors: Mapping[int, int] | None = None) -> Backlog:
+    async def backlog(self, floors: Mapping[int, int] | None = None, *, every: bool = False) -> Backlog:
         """What waits in the lanes of `floors` (lane → its safe floor, below which an index scan would only pass dead
-        rows) and in those that no relay holds. None: in every lane.
+        rows) and in those that no relay holds. None, or `every`: in every lane.
 
         Up to EXACT rows of a lane are counted. More are estimated: the lane's part of PostgreSQL's own count of live
         rows, or of the span of its seqs where that is less; never less than were counted.
@@ -90,7 +90,7 @@ class Views:
             list(floors or ()),
             list((floors or {}).values()),
             EXACT,
-            floors is None,
+            every or floors is None,
             timeout=LOOK_SECONDS,
         )
         return Backlog(
@@ -141,6 +141,16 @@ class Views:
         )
 
     # ---- parked events -----------------------------------------------------------------------------------------------
+
+    async def may_change_parked(self) -> bool:
+        """Whether this user may do what `retry` and `discard` do. A relay's role may not (docs/sql.md, "Roles")."""
+        [row] = await self._dicts(
+            f"""
+            SELECT has_table_privilege('{self._schema}.outbox', 'INSERT')
+                   AND has_table_privilege('{self._schema}.dead_event', 'DELETE') AS may
+            """
+        )
+        return bool(row["may"])
 
     async def parked(self, chosen: "Chosen", limit: int) -> list[dict[str, Any]]:
         """Parked events without their contents, in the order in which they were parked. `held`: it waits behind an

@@ -1,8 +1,11 @@
 """The HTTP server: what it answers, what it refuses, and that it is never in the relay's way."""
 
+import asyncio
+import itertools
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPResponse
 from typing import Any
@@ -11,15 +14,44 @@ import pytest
 from structlog.testing import capture_logs
 
 from relay import http
-from relay.http import Answer, Server
+from relay.http import Answer, Request, Route, Server, Stream
 
 
-async def _ok() -> Answer:
+async def _ok(_: Request) -> Answer:
     return Answer(HTTPStatus.OK, b"ok\n")
 
 
-async def _fails() -> Answer:
+async def _fails(_: Request) -> Answer:
     raise ValueError("no page")
+
+
+async def _echo(request: Request) -> Answer:
+    return Answer(HTTPStatus.OK, f"{request.event} {request.headers['X-Said']}".encode())
+
+
+async def _counts() -> AsyncGenerator[bytes, None]:
+    try:
+        for number in itertools.count():
+            yield b"%d\n" % number
+            await asyncio.sleep(0.005)
+    finally:
+        ENDED.set()
+
+
+async def _counting(_: Request) -> Stream:
+    return Stream(_counts())
+
+
+ENDED = threading.Event()
+"""A stream of `_counts` was given up."""
+
+ROUTES = {
+    "/livez": Route(_ok, by_any_name=True),
+    "/page": Route(_ok),
+    "/broken": Route(_fails),
+    "/events/*/retry": Route(_echo, "POST"),
+    "/stream": Route(_counting),
+}
 
 
 def wait_for(logs: list[Any], event: str) -> dict[str, Any]:
@@ -39,7 +71,7 @@ def logs() -> Iterator[list[Any]]:
 
 @pytest.fixture
 def port(logs: list[Any]) -> Iterator[int]:
-    server = Server("127.0.0.1", 0, {"/livez": _ok, "/broken": _fails})
+    server = Server("127.0.0.1", 0, ROUTES)
     server.start()
     yield int(wait_for(logs, "http listening")["port"])
     server.stop()
@@ -77,6 +109,62 @@ def test_other_methods_are_refused_with_those_that_are_allowed(port: int, method
     response, _ = ask(port, method, "/livez")
     assert response.status == 405
     assert response.getheader("Allow") == "GET, HEAD"
+
+
+EVENT = "01937f0c-5c5d-7e6b-8f0a-3f6d2c1b0a99"
+
+
+def test_a_route_may_hold_an_event_s_id_and_have_a_method_of_its_own(port: int) -> None:
+    response, body = ask(port, "POST", f"/events/{EVENT}/retry", **{"X-Said": "so"})
+    assert (response.status, body) == (200, f"{EVENT} so".encode())
+    for method in ("GET", "HEAD", "PUT"):
+        response, _ = ask(port, method, f"/events/{EVENT}/retry")
+        assert (response.status, response.getheader("Allow")) == (405, "POST")
+    for no_id in ("*", "1", EVENT[:-1], EVENT + "0", EVENT.replace("a", "g"), f"{EVENT}/{EVENT}"):
+        assert ask(port, "POST", f"/events/{no_id}/retry")[0].status == 404
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:9464", "127.0.0.1:1", "10.1.2.3", "[::1]:9464", "LocalHost"])
+def test_who_asks_for_an_address_or_for_localhost_is_answered(port: int, host: str) -> None:
+    assert ask(port, "GET", "/page", Host=host)[0].status == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:9464", "127.0.0.1.evil.example", "", "[", "localhost@e"]
+)
+def test_who_asks_for_another_name_is_not_answered(port: int, host: str) -> None:
+    for path in ("/page", "/livez"):
+        assert ask(port, "GET", path, Host=host)[0].status == 421
+
+
+def test_of_a_server_that_others_reach_the_probes_answer_by_any_name_and_nothing_else(logs: list[Any]) -> None:
+    server = Server("0.0.0.0", 0, ROUTES)  # noqa: S104 -- it is what is tried
+    server.start()
+    port = int(wait_for(logs, "http listening")["port"])
+    assert ask(port, "GET", "/livez", Host="relay.orders.svc:9464")[0].status == 200
+    assert ask(port, "GET", "/page", Host="relay.orders.svc:9464")[0].status == 421
+    assert ask(port, "GET", "/page", Host=socket.gethostname())[0].status == 200
+    server.stop()
+
+
+def test_two_hosts_are_one_too_many(port: int) -> None:
+    assert raw(port, b"GET /page HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_stream_goes_on_past_the_time_of_a_request_and_ends_with_its_reader(
+    monkeypatch: pytest.MonkeyPatch, port: int
+) -> None:
+    monkeypatch.setattr(http, "REQUEST_SECONDS", 0.2)
+    ENDED.clear()
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(b"GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        began, text = time.monotonic(), b""
+        while time.monotonic() - began < 0.5:
+            text += client.recv(4096)
+    head, _, events = text.partition(b"\r\n\r\n")
+    assert b"Content-Type: text/event-stream" in head
+    assert events.startswith(b"0\n1\n2\n")
+    assert ENDED.wait(30)
 
 
 def test_a_body_that_nobody_reads_does_not_cost_the_client_its_answer(port: int) -> None:
@@ -134,7 +222,7 @@ def test_an_address_in_use_is_said_once_and_had_as_soon_as_it_is_free(
 ) -> None:
     monkeypatch.setattr(http, "AGAIN", 0.01)
     taken = socket.create_server(("127.0.0.1", 0))
-    server = Server("127.0.0.1", taken.getsockname()[1], {"/livez": _ok})
+    server = Server("127.0.0.1", taken.getsockname()[1], ROUTES)
     server.start()
     wait_for(logs, "http not listening")
     time.sleep(0.05)  # tries meanwhile
@@ -152,7 +240,7 @@ def test_a_host_that_is_none_is_said_and_raises_nothing(logs: list[Any]) -> None
 
 
 def test_it_stops_while_a_client_waits(logs: list[Any]) -> None:
-    server = Server("127.0.0.1", 0, {"/livez": _ok})
+    server = Server("127.0.0.1", 0, ROUTES)
     server.start()
     port = int(wait_for(logs, "http listening")["port"])
     with socket.create_connection(("127.0.0.1", port), timeout=30) as client:

@@ -45,6 +45,7 @@ def settings_for(brokers: int) -> dict[str, str]:
         "transaction.state.log.num.partitions": "8",
         "broker.session.timeout.ms": "3000",  # default 9 s, which a killed broker waits out before it is let in again
         "broker.heartbeat.interval.ms": "500",
+        "log.retention.ms": "-1",  # default 7 days: records of other years would be gone 30 s after the start
         "log.cleaner.dedupe.buffer.size": "16777216",  # default 128 MB of heap
     }
 

@@ -133,7 +133,8 @@ class RelayConfig:
     """debug (every batch), info (changes of state), warning, error."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """Settings that `load` found in files: field, `kafka.…` or `registry.…` → path. Those for the database, Kafka and
-    the registry are read again for each new connection, so that a rotated secret needs no restart."""
+    the registry are read again for each new connection, and the page's token when it is asked for, so that a rotated
+    secret needs no restart."""
 
     def __post_init__(self) -> None:
         self._check_database_url()
@@ -253,6 +254,13 @@ class RelayConfig:
         """
         now = {name: content(path) for name, path in self.files.items() if name.startswith("database_")}
         return now.get("database_url", self.database_url), now.get("database_password", self.database_password)
+
+    def page_token(self) -> str:
+        """The page's token as it is now; that of the start, where its file cannot be read."""
+        try:
+            return content(self.files["ui_token"]) if "ui_token" in self.files else self.ui_token
+        except OSError:
+            return self.ui_token
 
     def registry_client(self) -> dict[str, Any]:
         """Settings of Confluent's registry client.

@@ -66,7 +66,7 @@ class Page:
 
     def __init__(self, config: RelayConfig, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._token = _digest(config.ui_token) if config.ui_token else None
+        self._config = config
         self._streams = 0
         self._seen: dict[str, Any] = {}
         self._listed: list[dict[str, Any]] = []
@@ -91,10 +91,11 @@ class Page:
 
     def _refused(self, request: Request) -> Answer | None:
         """Why not; None: the token is right."""
-        if self._token is None:
+        token = self._config.page_token()
+        if not token:
             return refusal(HTTPStatus.FORBIDDEN, words="For this the relay must be given a token: OUTBOX_UI_TOKEN.")
         scheme, _, given = (request.headers.get("Authorization") or "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(_digest(given), self._token):
+        if scheme.lower() == "bearer" and hmac.compare_digest(_digest(given), _digest(token)):
             return None
         return refusal(HTTPStatus.UNAUTHORIZED, ("WWW-Authenticate", "Bearer"))
 
@@ -178,7 +179,7 @@ class Page:
                 await self._look()
                 self._seen_at = time.monotonic()
         account = {name: value for name, value in self._monitor.account().items() if name != "lanes"}
-        own = {"host": socket.gethostname(), "pid": os.getpid(), "asks_for_token": self._token is not None}
+        own = {"host": socket.gethostname(), "pid": os.getpid(), "asks_for_token": bool(self._config.ui_token)}
         return {**account, "this": own, "database": self._seen}, self._listed
 
     async def _look(self) -> None:

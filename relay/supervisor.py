@@ -33,7 +33,6 @@ from relay.http import Server
 from relay.leases import plan
 from relay.monitor import LaneState, Monitor
 from relay.pace import Backoff
-from relay.page import Page
 from relay.queries import REFUSED, TROUBLE, LaneRow, Meta, Queries, connect, is_final, words_of
 from relay.transaction import check_settings
 from relay.views import Views
@@ -181,6 +180,8 @@ class Relay:
         """Start the HTTP server, if one is asked for."""
         if not self._config.http:
             return None
+        from relay.page import Page  # late: a relay that serves nothing needs none of it
+
         self._monitor = Monitor(self._config, version("kafka-outbox"), self._lane_states)
         routes = {**self._monitor.routes(), **Page(self._config, self._monitor).routes()}
         server = Server(*self._config.http_address, routes)

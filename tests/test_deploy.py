@@ -207,7 +207,7 @@ def test_it_is_asked_where_it_answers(name: str, pages: set[str]) -> None:
 
 @pytest.fixture
 async def pages() -> set[str]:
-    return set(monitor().pages())
+    return set(monitor().routes())
 
 
 def test_a_sidecar_s_readiness_does_not_depend_on_kafka_and_a_deployment_s_does() -> None:

@@ -5,6 +5,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -16,7 +17,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_play
 from examples.chip_quality.events import InspectionEvent
 from outbox import Catalogue
 from relay import page
-from relay.config import RelayConfig, masked
+from relay.config import RelayConfig, load, masked
 from relay.errors import ConfigError
 from relay.http import Server
 from relay.monitor import Monitor
@@ -130,6 +131,18 @@ def test_the_right_token_runs_the_command_of_the_same_name(serving: Callable[...
         ("dead", "discard", "--yes", "--json", EVENT),
         ("trace", "--json", "--topic=--help", EVENT),
     ]
+
+
+def test_a_token_s_file_is_read_anew_and_its_last_content_stays_while_it_is_gone(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text(f"{TOKEN}\n")
+    environment = {"OUTBOX_DATABASE_URL": "postgresql://h/d", "OUTBOX_KAFKA_BOOTSTRAP_SERVERS": "k:1"}
+    config = load({**environment, "OUTBOX_UI_TOKEN_FILE": str(file)})
+    assert config.page_token() == TOKEN
+    file.write_text("another-" + TOKEN)
+    assert config.page_token() == "another-" + TOKEN
+    file.unlink()
+    assert config.page_token() == TOKEN
 
 
 @pytest.mark.parametrize(
@@ -300,7 +313,7 @@ def test_a_relay_s_user_is_told_which_grant_it_lacks_and_with_it_may(site: Site,
     site.rows("UPDATE outbox.dead_event SET created_at = now()")
     told(url, lambda state, _: bool(state["database"].get("may_change_parked")))
     assert ask("retry") == {"exit_code": 0, "document": {"events": 1}}
-    assert relay.said("command run for the page", command=f"dead retry {first}", exit_code=0)
+    relay.wait_for("command run for the page", command=f"dead retry {first}", exit_code=0)
     gone = ask("discard")
     assert (gone["exit_code"], gone["document"]) == (1, {"events": 0})
     assert len(check_exactly_once(site)) == 1

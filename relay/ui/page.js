@@ -12,6 +12,7 @@ let points = [];
 let state = null;
 let token = sessionStorage.getItem("token");
 let afterUnlock = null;
+let heardAt = Date.now() / 1000;
 
 // ---- small things ---------------------------------------------------------------------------------------------------
 
@@ -112,6 +113,9 @@ function showPoints() {
 // ---- the state ------------------------------------------------------------------------------------------------------
 
 function verdict() {
+  if (events.readyState !== EventSource.OPEN) {
+    return ["bad", `Not connected to the relay. What is shown is ${age(Date.now() / 1000 - heardAt)} old.`];
+  }
   const seen = state.database;
   const lanes = seen.lanes ?? [];
   const halted = lanes.filter((lane) => lane.halted !== null);
@@ -188,16 +192,20 @@ function showWaiting(lanes) {
   const exact = lanes.every((lane) => lane.pending_is_exact);
   say("pending", (exact ? "" : "≈ ") + number(pending));
   const known = oldest.filter((seconds) => seconds !== null);
-  say("oldest", known.length ? `the oldest for ${age(Math.max(...known))}` : pending ? "" : "none is late");
+  say("oldest", known.length ? `the oldest for ${age(Math.max(...known))}` : pending ? "" : "all is published");
+}
+
+function showVerdict() {
+  const [level, words] = verdict();
+  byId("verdict").className = `verdict ${level}`;
+  say("verdict", words);
+  document.title = `${level === "bad" ? "! " : ""}${state.outbox ?? "outbox"} · outbox`;
 }
 
 function showState() {
   const seen = state.database;
-  const [level, words] = verdict();
-  byId("verdict").className = `verdict ${level}`;
-  say("verdict", words);
+  showVerdict();
   say("outbox", state.outbox ?? "outbox");
-  document.title = `${level === "bad" ? "! " : ""}${state.outbox ?? "outbox"} · outbox`;
   say("this", `relay ${state.version} on ${state.this.host}, process ${state.this.pid}`);
   showLock();
   if (!seen.lanes) return;
@@ -371,9 +379,9 @@ function parkedItem(event) {
         "strong", {},
         element("span", { className: "namespace", textContent: namespace }), element("wbr"), event.type.slice(namespace.length),
       ),
-      element("span", { className: "quiet", textContent: about.join(" · ") }),
       element("time", { className: "quiet", dateTime: since.toISOString(), textContent: since.toLocaleString() }),
     ),
+    element("p", { className: "quiet", textContent: about.join(" · ") }),
     element("p", { className: "error", textContent: event.error }),
     element(
       "div", { className: "line" },
@@ -454,7 +462,8 @@ events.onopen = () => {
 };
 events.onerror = () => {
   byId("live").className = "live off";
-  say("live", events.readyState === EventSource.CLOSED ? "not connected: reload" : "not connected, trying again");
+  say("live", events.readyState === EventSource.CLOSED ? "reload this page" : "trying again");
+  if (state) showVerdict();
 };
 events.addEventListener("history", (event) => {
   points = JSON.parse(event.data);
@@ -470,6 +479,7 @@ events.addEventListener("point", (event) => {
 });
 events.addEventListener("state", (event) => {
   state = JSON.parse(event.data);
+  heardAt = Date.now() / 1000;
   showState();
 });
 events.addEventListener("parked", (event) => showParked(JSON.parse(event.data)));

@@ -4,6 +4,7 @@ says why where it is not, takes up rotated secrets, and says nothing of a payloa
 import json
 import os
 import shlex
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from http.client import HTTPConnection
@@ -213,8 +214,10 @@ def test_a_relay_that_kafka_does_not_let_in_says_why_at_once(
     config = load(
         {"OUTBOX_DATABASE_URL": "postgresql://h/d", **{name: text for name, text in settings.items() if text}}
     )
+    began = time.monotonic()
     with pytest.raises(NotLetIn) as caught:
         ensure_control_topic(config, "outbox", 1)
+    assert time.monotonic() - began < config.kafka_timeout / 2
     assert words in str(caught.value)
     assert MARK not in str(caught.value)
 

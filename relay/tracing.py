@@ -49,10 +49,11 @@ class Tracing:
         self._outbox = outbox
 
     def batch(
-        self, lane: int, number: int, rows: Sequence[Any], seconds: float, error: BaseException | None = None
+        self, lane: int, number: int, rows: Sequence[Any], seconds: float, error: tuple[str, str] | None = None
     ) -> None:
-        """The Kafka transaction of batch `number` began `seconds` ago and was acknowledged just now; or `error` ended
-        the hold on the lane before, and what became of the batch is for the next take to find out.
+        """The Kafka transaction of batch `number` began `seconds` ago and was acknowledged just now; or an error (its
+        type, and words that hold nothing of an event) ended the hold on the lane before, and what became of the batch
+        is for the next take to find out.
 
         `rows`: as `Queries.fetch` returns them. Costs 40 µs a batch, and up to 0.6 µs an event with a `traceparent`.
         """
@@ -69,8 +70,9 @@ class Tracing:
             for writer in islice(_writers(rows), LINKS):
                 span.add_link(writer)
             if error is not None:
-                span.set_attribute("error.type", type(error).__name__)
-                span.set_status(Status(StatusCode.ERROR, str(error)))
+                kind, words = error
+                span.set_attribute("error.type", kind)
+                span.set_status(Status(StatusCode.ERROR, words))
         span.end(now)
 
     def close(self) -> None:

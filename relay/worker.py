@@ -634,7 +634,8 @@ class _Cycle:
         if self._shared.tracing is not None:
             for number, fetched in self._begun.items():
                 took = time.monotonic() - fetched.began
-                self._shared.tracing.batch(self._number, number, fetched.rows, took, error)
+                said = type(error).__name__, words_of(error)
+                self._shared.tracing.batch(self._number, number, fetched.rows, took, said)
 
     async def _cancel(self) -> None:
         """Leave no task behind. A call to Kafka that is under way in a thread ends by itself."""

@@ -26,7 +26,6 @@ from outbox.catalogue import Catalogue
 from outbox.message import Event
 from outbox.writer import Outbox
 from relay import supervisor, tracing
-from relay.errors import KafkaTrouble
 from relay.tracing import LINKS, Complaints, Tracing, opened
 from tests.conftest import MakeTopic
 from tests.relay_process import Site, check_exactly_once
@@ -54,7 +53,7 @@ class Spans:
         provider.add_span_processor(SimpleSpanProcessor(self._exporter))
         self.tracing = Tracing(provider, "shop")
 
-    def of(self, *rows: tuple[Any, ...], error: BaseException | None = None) -> ReadableSpan:
+    def of(self, *rows: tuple[Any, ...], error: tuple[str, str] | None = None) -> ReadableSpan:
         self.tracing.batch(3, 42, rows, 0.25, error)
         return self._exporter.get_finished_spans()[-1]
 
@@ -99,7 +98,7 @@ def test_a_batch_of_several_topics_names_none(spans: Spans) -> None:
 
 
 def test_a_batch_that_failed_says_so(spans: Spans) -> None:
-    span = spans.of(row(parent(1)), error=KafkaTrouble("no quorum"))
+    span = spans.of(row(parent(1)), error=("KafkaTrouble", "no quorum"))
     assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, "no quorum")
     assert dict(span.attributes or {})["error.type"] == "KafkaTrouble"
     assert len(span.links) == 1

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from click.testing import CliRunner
@@ -365,20 +365,22 @@ def end_sessions(site: Site) -> None:
 def test_nothing_of_an_event_and_no_secret_is_said(
     guarded: Guarded, make_site: Callable[..., Site], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """At level debug: a batch, a parked event, an error that shows a row, a password that is refused."""
-    own = {**guarded.ways()["PLAIN"], "OUTBOX_DATABASE_PASSWORD": DATABASE_PASSWORD, "OUTBOX_HTTP": ":0", **QUICK}
-    site = make_site(**own)
+    """At level debug: a batch, a parked event, an error that shows a row, a password that is refused, the page: without
+    the token, with a wrong one, and what is logged when somebody has the right one."""
+    own = {**guarded.ways()["PLAIN"], "OUTBOX_DATABASE_PASSWORD": DATABASE_PASSWORD, **QUICK}
+    site = make_site(OUTBOX_HTTP=":0", OUTBOX_UI_TOKEN=TOKEN, **own)
     topic = allowed(guarded, site)
     marked = {"key": "key-MARKED", "value": b"value-MARKED", "headers": '{"secret": "header-MARKED"}'}
     site.rows("ALTER TABLE outbox.dead_event ADD CONSTRAINT none CHECK (topic <> 'nowhere')")
     add(site, topic, **marked)
-    add(site, "nowhere", **marked)
+    parked = add(site, "nowhere", **marked)
     relay = site.relay()
     assert "violates check constraint" in relay.wait_for("lane in trouble")["error"]
-    pages = answers(relay)
+    pages = answers(relay, parked)
     site.rows("ALTER TABLE outbox.dead_event DROP CONSTRAINT none")
     relay.wait_for("events parked")
-    pages += answers(relay)
+    pages += answers(relay, parked)
+    assert "value-MARKED" in asked(relay, "GET", f"/parked/{parked}", TOKEN)
     assert len(check_exactly_once(site, parked=1)) == 1
     assert "TOPIC_AUTHORIZATION_FAILED" in site.value("SELECT error FROM outbox.dead_event")
     wrong = site.relay(OUTBOX_DATABASE_PASSWORD="wrong-MARKED")
@@ -389,13 +391,24 @@ def test_nothing_of_an_event_and_no_secret_is_said(
     assert not [text for text in said if MARK in text or hidden in text]
 
 
-def answers(relay: RelayProcess) -> list[str]:
-    """What its pages say."""
+TOKEN = "token-MARKED-0123456789"
+
+
+def answers(relay: RelayProcess, event: UUID) -> list[str]:
+    """What its pages say to whoever has no token."""
+    paths = ["/livez", "/readyz", "/metrics", "/status", "/nowhere", "/", "/page.js", "/events", "/token"]
+    paths += [f"/parked/{event}", f"/trace/{event}"]
+    posts = [f"/parked/{event}/retry", f"/parked/{event}/discard"]
+    asking = [("GET", path) for path in paths] + [("POST", path) for path in posts]
+    return [asked(relay, method, path, token) for method, path in asking for token in ("", "wrong" * 5)]
+
+
+def asked(relay: RelayProcess, method: str, path: str, token: str) -> str:
+    """The answer; of a stream the first event."""
     port = relay.wait_for("http listening")["port"]
-    found = []
-    for path in ("/livez", "/readyz", "/metrics", "/status", "/nowhere"):
-        connection = HTTPConnection("127.0.0.1", port, timeout=30)
-        connection.request("GET", path)
-        found.append(connection.getresponse().read().decode())
-        connection.close()
-    return found
+    with closing(HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        connection.request(method, path, headers={"Authorization": f"Bearer {token}"} if token else {})
+        with connection.getresponse() as response:
+            if path == "/events":
+                return b"".join(iter(response.readline, b"\n")).decode()
+            return f"{response.headers}{response.read().decode()}"

@@ -31,8 +31,8 @@ def content(value: bytes | None, fingerprint: int | None, schema: str | None) ->
     if schema is None:
         return {**_hex(value), "why": "its schema is not in avro_schema: run `outbox schemas sync`"}
     try:
-        return {"format": "avro", "data": _decoded(value, fingerprint, schema)}
-    except (OutboxError, ValueError, KeyError, TypeError) as error:  # of a schema that is none of ours
+        return {"format": "avro", "data": _plain(_decoded(value, fingerprint, schema))}
+    except (OutboxError, ValueError, KeyError, TypeError, RecursionError) as error:  # of a schema that is none of ours
         return {**_hex(value), "why": f"it cannot be decoded: {error}"}
 
 
@@ -49,9 +49,15 @@ def _as_is(value: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         return _hex(value)
     try:
-        return {"format": "json", "data": json.loads(text)}
+        return {"format": "json", "data": _plain(json.loads(text))}
     except (ValueError, RecursionError):
         return {"format": "text", "data": text}
+
+
+def _plain(data: Any) -> Any:
+    """As JSON has it, numbers that it has not (NaN) as text. RecursionError for what is too deep to be printed."""
+    text = json.dumps(data, indent=1, default=lambda value: value.hex(" ") if isinstance(value, bytes) else str(value))
+    return json.loads(text, parse_constant=str)
 
 
 def _hex(value: bytes) -> dict[str, Any]:

@@ -49,6 +49,9 @@ LISTED = 50
 ERROR_CHARACTERS = 300
 """Shown of a parked event's error."""
 
+ERROR_SHOWN = 2_000
+"""Characters of what a command says, the last ones: a bug's traceback is long."""
+
 COMMAND_SECONDS = 60.0
 """A command that takes longer is given up; on a terminal it has no limit."""
 
@@ -141,7 +144,7 @@ class Page:
         try:
             return {"exit_code": process.returncode, "document": json.loads(out)}
         except ValueError:
-            said = err.decode(errors="replace").strip().removeprefix("relay: ")
+            said = err.decode(errors="replace").strip().removeprefix("relay: ")[-ERROR_SHOWN:]
             return {"exit_code": process.returncode, "error": said}
 
     # ---- live --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """An event's content for people: decoded where it can be, a page of it at most, and never an error."""
 
 import json
+import math
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -11,6 +13,7 @@ from outbox.catalogue import Catalogue
 from outbox.message import Event
 from relay.content import LARGEST, SHOWN, content
 
+AT = {"type": "long", "logicalType": "timestamp-millis"}
 SCHEMA: dict[str, Any] = {
     "type": "record",
     "name": "Order",
@@ -24,6 +27,22 @@ MESSAGE = Catalogue([SCHEMA]).encode(Event("shop.Order", {"note": "für Åsa", "
 def test_avro_is_read_by_the_schema_that_its_writer_has_put_into_the_database() -> None:
     shown = content(MESSAGE.value, MESSAGE.fingerprint, json.dumps(SCHEMA))
     assert shown == {"format": "avro", "data": {"note": "für Åsa", "lines": [1, 2]}}
+
+
+@pytest.mark.parametrize("depth", [100, 900, *range(930, 1_000, 10), 5_000])
+def test_what_is_nested_however_deeply_can_be_printed(depth: int) -> None:
+    shown = content(b"[" * depth + b"]" * depth, None, None)
+    assert shown["format"] == "json" if depth < 500 else shown["format"] in ("json", "text")
+    assert json.dumps({"content": shown}, indent=2)
+
+
+def test_what_json_has_no_word_for_is_text() -> None:
+    fields = [{"name": "x", "type": "double"}, {"name": "b", "type": "bytes"}, {"name": "at", "type": AT}]
+    schema = {**SCHEMA, "fields": fields}
+    event = Event("shop.Order", {"x": math.nan, "b": b"\x00\xff", "at": datetime(2026, 1, 2, tzinfo=UTC)})
+    message = Catalogue([schema]).encode(event)
+    shown = content(message.value, message.fingerprint, json.dumps(schema))
+    assert shown["data"] == {"x": "NaN", "b": "00 ff", "at": "2026-01-02 00:00:00+00:00"}
 
 
 def test_a_schema_of_another_language_s_writer_need_not_name_a_topic() -> None:
@@ -65,6 +84,7 @@ def test_avro_that_cannot_be_read_is_shown_as_bytes_with_the_reason(value: bytes
     [
         (None, {"format": "tombstone", "data": None}),
         (b'{"a": [1, null]}', {"format": "json", "data": {"a": [1, None]}}),
+        (b'[NaN, -Infinity, "Infinity"]', {"format": "json", "data": ["NaN", "-Infinity", "Infinity"]}),
         (b"plain", {"format": "text", "data": "plain"}),
         (b"[" * 50_000, {"format": "text", "data": "[" * 50_000}),
         (b"\xff\x00", {"format": "hex", "data": "ff 00", "bytes_left_out": 0}),

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,15 +13,19 @@ from uuid import UUID, uuid4
 import httpx
 import psycopg
 import pytest
+import structlog
+from click.testing import CliRunner
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from examples.chip_quality.events import InspectionEvent
 from outbox import Catalogue
 from relay import page
+from relay.__main__ import main
 from relay.config import RelayConfig, load, masked
 from relay.errors import ConfigError
 from relay.http import Server
 from relay.monitor import Monitor
+from relay.supervisor import Relay
 from tests.browser import ARGUMENTS, chromium
 from tests.conftest import MakeDatabase, MakeTopic
 from tests.relay_process import PATIENCE, ROOT, RelayProcess, Site, check_exactly_once
@@ -214,6 +219,26 @@ def test_a_token_is_masked_and_one_that_can_be_guessed_is_refused() -> None:
     with pytest.raises(ConfigError, match="OUTBOX_UI_TOKEN has 6 characters: 20 are the least") as refused:
         RelayConfig(**settings, ui_token="secret")
     assert "secret" not in str(refused.value)
+
+
+def test_what_a_relay_runs_for_its_page_has_the_settings_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "relay.toml"
+    file.write_text('database_url = "postgresql://h/d"\n[kafka]\n"bootstrap.servers" = "k:1"\n')
+    seen = []
+
+    async def run(_: Relay) -> None:
+        seen.append(os.environ["OUTBOX_CONFIG"])
+        raise ConfigError("as far as this")
+
+    monkeypatch.setenv("OUTBOX_CONFIG", "")  # is put back
+    monkeypatch.setattr(Relay, "run", run)
+    monkeypatch.setattr("gc.set_threshold", lambda _: None)
+    result = CliRunner().invoke(main, ["run", "--config", str(file)])
+    structlog.reset_defaults()
+    assert "as far as this" in result.output
+    assert seen == [str(file)]
 
 
 # ---- on real servers -------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 # Every target but help makes .venv by itself, when it is missing or older than pyproject.toml.
+# Chromium, for the tests of the page, comes by apt-get (as root) or from Playwright; without it they are skipped, in CI they fail.
 # `make PYTHON=python3.12 …` chooses the interpreter of a new .venv.
 PYTHON ?= python3
 MINUTES ?= 2

@@ -13,14 +13,18 @@ from uuid import UUID, uuid4
 
 import pytest
 from click.testing import CliRunner
+from structlog.testing import capture_logs
 
 from outbox.identity import HERE
 from outbox.migrate import migrate
 from relay import transaction
 from relay.__main__ import main
 from relay.config import RelayConfig, load
-from relay.errors import ConfigError, DatabaseTrouble, NotLetIn, RelayError
+from relay.errors import ConfigError, DatabaseTrouble, KafkaTrouble, NotLetIn, RelayError
+from relay.failpoint import Failpoint
+from relay.pace import Backoff
 from relay.queries import connect
+from relay.supervisor import Relay
 from relay.topics import ensure_control_topic
 from tests.conftest import started
 from tests.guarded import (
@@ -412,3 +416,22 @@ def asked(relay: RelayProcess, method: str, path: str, token: str) -> str:
             if path == "/events":
                 return b"".join(iter(response.readline, b"\n")).decode()
             return f"{response.headers}{response.read().decode()}"
+
+
+async def test_trouble_is_said_once_and_once_more_when_we_are_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else who starts a broker, with the relay's password wrong, would read of the broker that was not there."""
+    monkeypatch.setattr(Backoff, "wait", lambda _: 0.0)
+    away, refused = KafkaTrouble("nobody answers"), NotLetIn("a password")
+    answers: list[Exception | int] = [away, away, refused, away, refused, 42]
+
+    async def call() -> int:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    config = RelayConfig(database_url="postgresql://h/d", kafka={"bootstrap.servers": "k:1"})
+    with capture_logs() as logs:
+        assert await Relay(config, Failpoint(None))._patiently("kafka", call) == 42
+    said = [(line["event"], line.get("error")) for line in logs]
+    assert said == [("kafka away", "nobody answers"), ("kafka away", "a password"), ("kafka back", None)]

@@ -209,7 +209,8 @@ def _outboxevent() -> list[tuple[str, Any]]:
 
 
 def _lane(metadata: MetaData) -> None:
-    """The state of each lane as the database knows it (docs/design.md, The lane protocol). Rows 0 … lanes - 1."""
+    """The state of each lane as the database knows it (docs/design.md, The lane protocol). Rows 0 … lanes - 1, and
+    those of lanes that were given up (`relay lanes`), whose batches are numbered on should they come back."""
     Table(
         "lane",
         metadata,

@@ -16,7 +16,14 @@ from typing import Any
 import click
 import structlog
 
-from relay.commands import check_command, config_command, dead_group, status_command, trace_command
+from relay.commands import (
+    check_command,
+    config_command,
+    dead_group,
+    lanes_command,
+    status_command,
+    trace_command,
+)
 from relay.config import RelayConfig, load
 from relay.errors import ConfigError, LaneTrouble
 from relay.failpoint import VARIABLE, Failpoint
@@ -41,7 +48,7 @@ def main() -> None:
     """Publish the events of an outbox to Kafka: exactly once, in the order of each key."""
 
 
-for command in (check_command, status_command, dead_group, trace_command, config_command):
+for command in (check_command, status_command, dead_group, lanes_command, trace_command, config_command):
     main.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""The commands for people and scripts: `relay check | status | dead | trace | config`.
+"""The commands for people and scripts: `relay check | status | dead | lanes | trace | config`.
 
 Each takes the relay's own settings. `--json`: one document on stdout and nothing else there. Exit codes, unless a
 command's help says otherwise: 0 done, 1 it is not as it should be, 2 the settings or a grant are wrong, 3 Kafka or the
@@ -9,6 +9,7 @@ import asyncio
 import base64
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -27,6 +28,7 @@ from relay.check import Finding, check, document_of, guarantee, is_sound
 from relay.config import RelayConfig, load, masked
 from relay.dead import Change, change_parked
 from relay.errors import ConfigError, LaneHalted, LaneTrouble
+from relay.failpoint import VARIABLE, Failpoint
 from relay.queries import REFUSED, TROUBLE, Meta, Queries, connect, words_of
 from relay.status import is_well, status, tables_of
 from relay.supervisor import opened
@@ -365,6 +367,58 @@ def _say_changed(events: int, what: str, as_json: bool) -> None:
     else:
         click.echo(f"{events} events {what}" if events else "no parked event answers to that")
     sys.exit(0 if events else EXIT_UNWELL)
+
+
+# ---- lanes -----------------------------------------------------------------------------------------------------------
+
+
+@click.command("lanes")
+@click.argument("lanes", type=int, metavar="N")
+@click.option(
+    "--patience", type=click.FloatRange(0), default=60.0, show_default=True, help="Seconds for which it is tried."
+)
+@_json
+@_config
+def lanes_command(lanes: int, patience: float, as_json: bool, config: Path | None) -> None:
+    """Give the outbox N lanes: so many relays can work at once.
+
+    Writers and relays go on: writers wait for less than a second, and publishing pauses for a few. Each event is
+    published once and in the order of its key, whatever crashes meanwhile. Where many events wait, or a writer's
+    transaction stays open, it is tried again; --patience says for how long.
+
+    Run it with the settings of the relays, for it publishes a batch of each lane itself; but as the tables' owner
+    (OUTBOX_DATABASE_URL). Needs PostgreSQL 17.
+
+    \b
+    Example:
+      relay lanes 4 --json | jq .waited_seconds
+
+    \b
+    Exit codes:
+      0  there are N lanes
+      1  there are as many as before: what stood in the way is said
+      2  the settings, the user or the server cannot do it
+      3  Kafka or the database is away, or a lane is halted (`relay resolve` comes first)
+    """
+    from relay.lanes import NotNow, change_lanes  # brings SQLAlchemy, which the relay does without
+
+    async def work(desk: Desk) -> Any:
+        failpoint = Failpoint(os.environ.get(VARIABLE))
+        try:
+            return await change_lanes(desk.config, desk.queries, desk.views, lanes, patience, failpoint)
+        except NotNow as error:
+            return error
+
+    done = _asked(config, work)
+    if isinstance(done, NotNow):
+        click.echo(f"relay: {done}", err=True)
+        sys.exit(EXIT_UNWELL)
+    if as_json:
+        _echo_json({"before": done.before, "after": done.after, "tries": done.tries, "waited_seconds": done.waited})
+    elif done.tries:
+        click.echo(f"{done.before} lanes before, {done.after} now; writers waited for {done.waited:.2f} s at most")
+    else:
+        click.echo(f"there are {done.after} lanes already")
 
 
 # ---- trace, config ---------------------------------------------------------------------------------------------------

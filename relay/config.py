@@ -51,8 +51,10 @@ KAFKA_DEFAULTS: Mapping[str, str | int | float | bool] = {
     "socket.nagle.disable": True,
     "queue.buffering.max.messages": 1_000_000,
     "transaction.timeout.ms": 15_000,
-    # So long a topic may be unknown before its events are refused. By default 30 s: longer than a transaction may take.
-    "topic.metadata.propagation.max.ms": 10_000,
+    # So long a topic may be unknown to a client before its events are refused: one that was deleted, or made, within
+    # these seconds; others are asked about before (relay/destinations.py). By default 30 s: longer than a transaction
+    # may take.
+    "topic.metadata.propagation.max.ms": 3_000,
     # A client that lost all its brokers would begin anew from bootstrap.servers, and may then wait for ever for the one
     # it has forgotten (https://github.com/confluentinc/librdkafka/issues/5511). The relay begins anew with new clients.
     "metadata.recovery.strategy": "none",
@@ -104,6 +106,9 @@ class RelayConfig:
     """Events in one Kafka transaction at most. More costs memory and latency, less throughput."""
     batch_bytes: int = 16 * 1024 * 1024
     """Bytes of values in one Kafka transaction at most (one event may exceed it). Bounds the relay's memory."""
+    parking: str = "hold"
+    """What becomes of later events of a key when one is parked that Kafka refuses: `hold` parks them behind it, so that
+    the key's order is kept; `skip` publishes them, and the parked one, when it is retried, comes after them."""
     lease: float = 3.0
     """How long a lane stays with a relay that says nothing. A crashed relay's lanes wait so long; safety does not rest
     on it."""
@@ -158,6 +163,8 @@ class RelayConfig:
                 f"{_named('batch_rows')} is {self.batch_rows}: the Kafka client's queue "
                 f"(queue.buffering.max.messages, {queue}) must hold twice that"
             )
+        if self.parking not in ("hold", "skip"):
+            raise ConfigError(f"{_named('parking')} is {self.parking!r}: use hold or skip")
         self._check_patience()
         self._check_registry()
         if self.http:

@@ -22,6 +22,7 @@ Nothing in this tree says "not committed": what an exception leaves in doubt is 
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 
 class RelayError(Exception):
@@ -73,13 +74,22 @@ class DatabaseTrouble(LaneTrouble):
     """The database is away, slow, or refused a statement."""
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What Kafka says of an event that it will never take."""
+
+    why: str
+    code: str = ""
+    """Kafka's name for it, such as MSG_SIZE_TOO_LARGE; none where no record could be made of the event."""
+
+
 class EventRefused(LaneTrouble):
     """Kafka refuses an event for good: too large, topic unknown or forbidden, record invalid.
 
-    `events`: which ones of the batch, by their place in it, and why. Empty: one of them, it is not known which.
+    `events`: which ones of the batch, by their place in it. Empty: one of them, it is not known which.
     """
 
-    def __init__(self, words: str, events: Mapping[int, str] | None = None) -> None:
+    def __init__(self, words: str, events: Mapping[int, Refusal] | None = None) -> None:
         super().__init__(words)
         self.events = events or {}
 

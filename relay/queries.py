@@ -121,11 +121,11 @@ class Queries:
     # ---- leases ------------------------------------------------------------------------------------------------------
 
     async def lanes(self) -> list[LaneRow]:
-        """Every lane, in order."""
+        """Every lane that there is, in order."""
         rows = await self._pool.fetch(
             f"""
             SELECT lane, batch, released, owner, owner IS NULL OR lease_until < clock_timestamp() AS free, halted
-              FROM {self._schema}.lane ORDER BY lane
+              FROM {self._schema}.lane WHERE lane < (SELECT lanes FROM {self._schema}.meta) ORDER BY lane
             """
         )
         return [_lane_row(row) for row in rows]
@@ -144,11 +144,13 @@ class Queries:
         return _lane_row(row)
 
     async def lease(self, lane: int, owner: UUID, seconds: float) -> bool:
-        """Step 1: have the lane for `seconds`, if it is free or ours. False: another relay has it, or it is halted."""
+        """Step 1: have the lane for `seconds`, if it is free or ours. False: another relay has it, it is halted, or
+        there is no such lane any more."""
         status = await self._pool.execute(
             f"""
             UPDATE {self._schema}.lane SET owner = $2, lease_until = clock_timestamp() + make_interval(secs => $3)
              WHERE lane = $1 AND halted IS NULL AND (owner IS NULL OR owner = $2 OR lease_until < clock_timestamp())
+               AND lane < (SELECT lanes FROM {self._schema}.meta)
             """,
             lane,
             owner,
@@ -228,6 +230,17 @@ class Queries:
             host,
             pid,
             version,
+            forget_after,
+        )
+
+    async def relays(self, relay: UUID, forget_after: float) -> int:
+        """The number of live relays, this one included."""
+        return await self._pool.fetchval(  # type: ignore[no-any-return]
+            f"""
+            SELECT 1 + count(*) FROM {self._schema}.relay
+             WHERE id <> $1 AND seen_at >= clock_timestamp() - make_interval(secs => $2)
+            """,
+            relay,
             forget_after,
         )
 
@@ -411,6 +424,77 @@ class Queries:
     async def adopt(self) -> None:
         """Make this database the outbox's home."""
         await self._pool.execute(f"UPDATE {self._schema}.meta SET home = {_HERE}")
+
+    # ---- the number of lanes: relay.lanes ----------------------------------------------------------------------------
+
+    async def may_change_lanes(self) -> tuple[int, bool]:
+        """PostgreSQL's server_version_num, and whether this user may alter the outbox's table."""
+        row = await self._pool.fetchrow(
+            f"""
+            SELECT current_setting('server_version_num')::integer AS version, pg_has_role(relowner, 'USAGE') AS owner
+              FROM pg_class WHERE oid = '{self._schema}.outbox'::regclass
+            """
+        )
+        if row is None:
+            raise ConfigError(f"there is no table {self._schema}.outbox: run `outbox migrate`")
+        return row["version"], row["owner"]
+
+    async def backlog(self, most: int, db: Any = None) -> int:
+        """How many events wait; `most` + 1 where it is more than that."""
+        return await (db or self._pool).fetchval(  # type: ignore[no-any-return]
+            f"SELECT count(*) FROM (SELECT FROM {self._schema}.outbox LIMIT $1 + 1) AS o", most
+        )
+
+    async def lock_outbox(self, db: Any, wait: float, hold: float) -> None:
+        """In the open transaction of `db`: nobody else reads or writes the outbox until its end. A transaction that
+        rests, or a statement that lasts, for `hold` seconds is ended by the database.
+
+        Raises DatabaseTrouble: not to be had within `wait` seconds.
+        """
+        milliseconds = [f"{round(seconds * 1000)}" for seconds in (wait, hold)]
+        try:
+            await db.execute(
+                f"""
+                SET LOCAL lock_timeout = {milliseconds[0]};
+                SET LOCAL statement_timeout = {milliseconds[1]};
+                SET LOCAL idle_in_transaction_session_timeout = {milliseconds[1]};
+                LOCK TABLE {self._schema}.outbox IN ACCESS EXCLUSIVE MODE
+                """
+            )
+        except asyncpg.LockNotAvailableError as error:
+            raise DatabaseTrouble(f"the outbox's table could not be locked within {wait:g} s") from error
+
+    async def set_lanes(self, db: Any, owner: UUID, before: int, after: int, expression: str) -> bool:
+        """In the open transaction of `db`, which has locked the outbox: from now on it has `after` lanes, and
+        `expression` says which one is an event's.
+
+        False: some lane is not `owner`'s any more, or an event still waits. Nobody owns a lane afterwards, and each was
+        left clean. The row of a lane that is no more stays: should it come back, its batches are numbered on.
+        """
+        s = self._schema
+        if await self.backlog(0, db):
+            return False
+        released = await db.execute(
+            f"""
+            UPDATE {s}.lane SET owner = NULL, lease_until = NULL, released = true
+             WHERE lane < $1 AND owner = $2 AND halted IS NULL
+            """,
+            before,
+            owner,
+        )
+        if released != f"UPDATE {before}":
+            return False
+        await db.execute(
+            f"""
+            INSERT INTO {s}.lane (lane) SELECT generate_series($1::integer, $2::integer - 1) ON CONFLICT DO NOTHING
+            """,
+            before,
+            after,
+        )
+        await db.execute(f"UPDATE {s}.meta SET lanes = $1", after)
+        await db.execute(f"UPDATE {s}.dead_event SET lane = {expression} WHERE lane <> {expression}")
+        await db.execute(f"ALTER TABLE {s}.outbox ALTER COLUMN lane SET EXPRESSION AS ({expression})")
+        return True
 
 
 def _multirange(runs: Runs) -> list[asyncpg.Range[int]]:

@@ -18,6 +18,7 @@ import structlog
 
 from relay import topics
 from relay.config import RelayConfig
+from relay.destinations import Destinations
 from relay.errors import (
     ConfigError,
     DatabaseTrouble,
@@ -48,7 +49,14 @@ KNOWN_VERSIONS = ("0001",)
 """Revisions of the outbox's tables that this relay works with."""
 
 TICK = 0.5
-"""Seconds between two looks at the lanes. A standby takes over a lane that was released within this time."""
+"""Seconds between two looks at the lanes."""
+
+WATCH = 0.15
+"""The same for a relay that stands by, alone. Where there are more of them they look in turns: one after each such
+time, be they two or fifty, and none more seldom than each TICK. So long a released lane waits at most."""
+
+FAREWELL = 0.2
+"""Seconds that the end waits for the database to note that this relay counts no more when lanes are shared out."""
 
 PATIENCE = 2.5 * TICK
 """Seconds for which a free lane above this relay's share is left to the others: each of them has looked twice by then.
@@ -210,11 +218,22 @@ class Relay:
                 version=version("kafka-outbox"),
             )
             metrics = self._monitor.metrics if self._monitor else None
-            tracing = _tracing(meta.name, str(self._id))
-            shared = Shared(self._config, self._id, meta, queries, threads, self._failpoint, registry, metrics, tracing)
+            tracing, destinations = _tracing(meta.name, str(self._id)), Destinations(self._config)
+            shared = Shared(
+                self._config,
+                self._id,
+                meta,
+                queries,
+                threads,
+                self._failpoint,
+                registry,
+                metrics,
+                tracing,
+                destinations,
+            )
             while not self._stopping.is_set():
                 await self._patiently("database", lambda: self._tick(shared))
-                await self._sleep(TICK * random.uniform(0.8, 1.2))  # noqa: S311 -- jitter, no secret
+                await self._sleep(self._pause() * random.uniform(0.8, 1.2))  # noqa: S311 -- jitter, no secret
             await self._drain(queries)
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
@@ -289,6 +308,10 @@ class Relay:
 
     # ---- lanes -------------------------------------------------------------------------------------------------------
 
+    def _pause(self) -> float:
+        """Seconds until the next look. Who holds a lane need not look for one: the others do."""
+        return TICK if self._held else min(TICK, WATCH * max(1, self._relays - 1))
+
     async def _tick(self, shared: Shared) -> None:
         """Keep what is ours, take our share, hand over what is above it."""
         self._reap()
@@ -306,6 +329,9 @@ class Relay:
         self._compare(before, lanes)
         waited = self._waited(lanes, now)
         decided = plan(lanes, self._held, self._relays, waited, PATIENCE)
+        if self._waiting_since is not None and not decided.take:  # for a relay that may have stopped meanwhile
+            self._relays = await shared.queries.relays(self._id, FORGET)
+            decided = plan(lanes, self._held, self._relays, waited, PATIENCE)
         if decided.take and waited > PATIENCE:
             self._keep_until = now + FORGET
         if now >= self._keep_until:
@@ -385,6 +411,8 @@ class Relay:
     async def _drain(self, queries: Queries) -> None:
         """Let the workers finish; what does not finish in time is abandoned, and settled by whoever takes the lane
         next."""
+        farewell = asyncio.create_task(self._farewell(queries))
+        await asyncio.wait([farewell], timeout=FAREWELL)  # so that the others know whose share its lanes are
         for held in self._held.values():
             held.worker.stop()
         tasks = [held.task for held in self._held.values()]
@@ -394,6 +422,9 @@ class Relay:
                 log.warning("batch abandoned", task=task.get_name(), after=self._config.drain_timeout)
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        await farewell
+
+    async def _farewell(self, queries: Queries) -> None:
         try:
             await queries.farewell(self._id)
         except TROUBLE as error:

@@ -18,7 +18,7 @@ Traps of librdkafka 2.x, each measured (docs/design.md, "librdkafka"):
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,17 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 from confluent_kafka.admin import ClusterMetadata  # type: ignore[attr-defined]  # not re-exported
 
 from relay.config import RelayConfig
-from relay.errors import ConfigError, EventRefused, KafkaTrouble, LaneLost, LaneTrouble, NotLetIn, Recycle, Undelivered
+from relay.errors import (
+    ConfigError,
+    EventRefused,
+    KafkaTrouble,
+    LaneLost,
+    LaneTrouble,
+    NotLetIn,
+    Recycle,
+    Refusal,
+    Undelivered,
+)
 from relay.lane import PRODUCERS, Progress, parse_progress
 
 FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
@@ -49,17 +59,26 @@ REFUSED = frozenset(
 )
 """What Kafka says of a record that it will never take as it is."""
 
-REFUSED_ALONE = frozenset(
+REFUSED_AS_TOPIC = frozenset(
     {
         KafkaError.TOPIC_EXCEPTION,
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
         KafkaError._UNKNOWN_TOPIC,
         KafkaError._UNKNOWN_PARTITION,
-        KafkaError.UNKNOWN_TOPIC_OR_PART,  # final only in a record's delivery report
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
     }
 )
-"""Those that say it of each record of a topic; the others may be said of a whole request for one record's sake."""
+"""What it says of each record of a topic; the others may be said of a whole request for one record's sake."""
 
+REFUSED_IN_REPORT = REFUSED | {KafkaError.UNKNOWN_TOPIC_OR_PART}
+"""The same, in a record's delivery report, where no try follows any more."""
+
+
+FLUSH_SECONDS = 0.1
+"""After so long without an end a flush is looked at: of a transaction that has failed the client may keep records back
+for ever."""
+
+ABORT_SECONDS = 1.0
 
 _COORDINATOR_MOVES = frozenset(
     {
@@ -89,6 +108,8 @@ class Watch:
         self.suspicious: str | None = None
         self.failure: str | None = None
         """Why the last connection failed, in the client's words."""
+        self.doomed: str | None = None
+        """Why the transaction can only be aborted."""
 
     @property
     def refused(self) -> bool:
@@ -98,6 +119,8 @@ class Watch:
     def log(self, _level: int, line: str, *values: object) -> None:
         """What the client says, as logging.Logger.log takes it: `values` are (facility, client, text)."""
         text = line % values if values else line
+        if text.startswith("TXNERR"):
+            self.doomed = text
         if not text.startswith(("FAIL", "REQTMOUT")):
             return
         if text.startswith("FAIL"):
@@ -110,13 +133,23 @@ class Watch:
 class Transactions:
     """A lane's two transactional producers and its progress. One instance lives as long as one hold on the lane.
 
-    Raises (every method): LaneLost when another relay opened the producers; EventRefused (`flush` of a batch begun
-    `closely`) when Kafka refuses an event for good; Undelivered when that may be so; KafkaTrouble for all else. After
-    any of them the instance is to be discarded.
+    `packing`: bytes of records that travel together, at most; None: as the settings have it. `closely`: a record as
+    large as that travels alone (where it is 1, all do), and `flush` says which of those Kafka refuses, at a callback
+    for each record.
+
+    Raises (every method): LaneLost when another relay opened the producers; EventRefused (`flush`, when `closely`) when
+    Kafka refuses an event for good; Undelivered when that may be so; KafkaTrouble for all else. After any of them the
+    instance is to be discarded.
     """
 
-    def __init__(self, config: RelayConfig, name: str, lane: int) -> None:
+    def __init__(
+        self, config: RelayConfig, name: str, lane: int, *, closely: bool = False, packing: int | None = None
+    ) -> None:
         self._config = config
+        self._closely = closely
+        self._producer_settings = config.producer()
+        if packing is not None:
+            self._producer_settings["batch.size"] = min(packing, int(self._producer_settings["batch.size"]))
         self._name = name
         self._lane = lane
         self._timeout = config.kafka_timeout
@@ -134,7 +167,7 @@ class Transactions:
     def fence(self, number: int) -> None:
         """Step 2, for one of the two ids: a new producer. Once it returns, the former owner of the id can commit
         nothing."""
-        settings = {**self._config.producer(), "transactional.id": f"{self._name}.{self._lane}.{number}"}
+        settings = {**self._producer_settings, "transactional.id": f"{self._name}.{self._lane}.{number}"}
         with typed("open a producer of the lane", watch=self._watches[number]):
             self._producers[number] = producer = Producer(settings, logger=self._watches[number])
             try:
@@ -159,30 +192,34 @@ class Transactions:
 
     # ---- one batch ---------------------------------------------------------------------------------------------------
 
-    def begin(self, batch: int, closely: bool = False) -> Callable[..., None]:
+    def begin(self, batch: int) -> Callable[..., None]:
         """Step 6, begin: opens the transaction of `batch`. Returned: `produce` of its producer.
 
         Raises:
             Recycle: a connection was lost while no transaction was open.
-
-        `closely`: `flush` will say what became of each record, which costs a callback for each.
         """
         producer = self._producers[batch % PRODUCERS]
         with typed("begin a transaction"):
             if (lost := self.lost(batch % PRODUCERS)) is not None:
                 raise Recycle(lost)
             producer.begin_transaction()
-        self._deliveries = _Deliveries(producer) if closely else None
+        self._watches[batch % PRODUCERS].doomed = None
+        self._deliveries = _Deliveries(producer, self._producer_settings["batch.size"]) if self._closely else None
         return self._deliveries.produce if self._deliveries else producer.produce
 
     def flush(self, batch: int) -> None:
         """Step 6, flush: every record of the batch is acknowledged when this returns."""
+        producer, watch = self._producers[batch % PRODUCERS], self._watches[batch % PRODUCERS]
+        deadline = time.monotonic() + self._transaction_timeout
         with typed("deliver a batch", EventRefused):
-            left = self._producers[batch % PRODUCERS].flush(self._transaction_timeout)
-        if left:
-            raise KafkaTrouble(f"{left} records were not acknowledged within {self._transaction_timeout:g} s")
+            while (left := producer.flush(FLUSH_SECONDS)) and watch.doomed is None and time.monotonic() < deadline:
+                pass
         if self._deliveries:
             self._deliveries.check()
+        if left and watch.doomed is not None:
+            raise Undelivered(watch.doomed)
+        if left:
+            raise KafkaTrouble(f"{left} records were not acknowledged within {self._transaction_timeout:g} s")
 
     def offsets(self, batch: int, metadata: str, number: int | None = None) -> None:
         """Step 6, progress: in the transaction, behind the events. `number`: by this id, else by the batch's own."""
@@ -198,6 +235,12 @@ class Transactions:
             producer.commit_transaction(self._transaction_timeout)
             producer.poll(0)  # serves the client's log
         return self._watches[batch % PRODUCERS].suspicious
+
+    def abort(self, batch: int) -> None:
+        """End the transaction of a batch that was refused, at once: who opens the id next would wait half a second for
+        the broker to do it. What comes of it does not matter: that one's epoch fences a late request."""
+        with suppress(KafkaException, SystemError):
+            self._producers[batch % PRODUCERS].abort_transaction(ABORT_SECONDS)
 
     def rewrite(self, batch: int, metadata: str) -> str | None:
         """Write the progress again, in an empty transaction of each id: Kafka forgets what rests. Returned: as
@@ -309,18 +352,27 @@ def check_settings(config: RelayConfig) -> None:
 class _Deliveries:
     """Learns what becomes of each record of a batch."""
 
-    def __init__(self, producer: Producer) -> None:
+    def __init__(self, producer: Producer, packing: int) -> None:
         self._producer = producer
+        self._packing = packing
         self._produced = 0
-        self._failed: dict[int, KafkaError] = {}
         self._alone: set[int] = set()
+        """Places of records that travel alone."""
+        self._failed: dict[int, KafkaError] = {}
+        self._over: KafkaError | None = None
 
     def produce(self, topic: str, value: Any, key: Any, partition: int, _: None, __: None, *rest: Any) -> None:
-        """`Producer.produce`, which goes on when this very record is refused."""
+        """`Producer.produce`, which goes on when this very record is refused, and when an earlier one was meanwhile:
+        its report will say why."""
         place, self._produced = self._produced, self._produced + 1
+        if len(value or b"") >= self._packing or self._packing == 1:
+            self._alone.add(place)
         try:
             self._producer.produce(topic, value, key, partition, partial(self._note, place), None, *rest)
         except KafkaException as error:
+            if error.args[0].code() == KafkaError._STATE:
+                self._over = error.args[0]
+                return
             if error.args[0].code() not in REFUSED:
                 raise
             self._failed[place] = error.args[0]
@@ -329,17 +381,24 @@ class _Deliveries:
     def _note(self, place: int, error: KafkaError | None, _message: Any) -> None:
         if error is not None:
             self._failed[place] = error
-            if error.code() in REFUSED_ALONE:
-                self._alone.add(place)
 
     def check(self) -> None:
-        """Raises what the failed ones mean, if there are any; serves after a flush."""
-        if self._alone:
-            events = {place: f"{self._failed[place].str()} ({self._failed[place].name()})" for place in self._alone}
-            raise EventRefused(f"cannot deliver {len(events)} events of a batch: {next(iter(events.values()))}", events)
-        if self._failed:
-            refused = [error for error in self._failed.values() if error.code() in REFUSED]
-            raise classify("deliver a batch", (refused or list(self._failed.values()))[0], EventRefused)
+        """Raises what the failed ones mean, if there are any; serves after a flush. Where one is refused, others fail
+        for its sake."""
+        refused = {place: error for place, error in sorted(self._failed.items()) if error.code() in REFUSED_IN_REPORT}
+        if refused:
+            events = {
+                place: Refusal(_words(error), error.name())
+                for place, error in refused.items()
+                if place in self._alone or error.code() in REFUSED_AS_TOPIC
+            }
+            raise EventRefused(f"cannot deliver events of a batch: {_words(next(iter(refused.values())))}", events)
+        if failed := self._over or next(iter(self._failed.values()), None):
+            raise classify("deliver a batch", failed)
+
+
+def _words(error: KafkaError) -> str:
+    return f"{error.str()} ({error.name()})"
 
 
 @contextmanager
@@ -371,7 +430,7 @@ def classify(
     event's fault; after them the control topic or the group may be meant as well; before them nothing else can be.
     `watch`: the client's logger, which has heard why there is no connection.
     """
-    text = f"cannot {what}: {error.str()} ({error.name()})"
+    text = f"cannot {what}: {_words(error)}"
     if watch is not None and watch.failure is not None and error.code() in _NO_CONNECTION:
         return (NotLetIn if watch.refused else KafkaTrouble)(f"{text}. {watch.failure}")
     if error.code() in FENCED:

@@ -64,7 +64,7 @@ class Views:
         [whole] = await self._pool.fetch(
             f"""
             SELECT date_part('epoch', clock_timestamp()) AS epoch,
-                   (SELECT count(*) FROM {s}.lane) AS lanes,
+                   (SELECT lanes FROM {s}.meta) AS lanes,
                    pg_stat_get_live_tuples('{s}.outbox'::regclass) AS live,
                    (SELECT count(*) FROM (SELECT FROM {s}.dead_event LIMIT $1 + 1) AS d) AS parked,
                    pg_stat_get_live_tuples('{s}.dead_event'::regclass) AS dead
@@ -84,7 +84,8 @@ class Views:
              CROSS JOIN LATERAL (SELECT count(*) AS counted FROM (SELECT {above} LIMIT $3 + 1) AS o) AS n
               LEFT JOIN LATERAL (SELECT seq, created_at {above} LIMIT 1) AS first ON true
               LEFT JOIN LATERAL (SELECT seq {above} DESC LIMIT 1) AS last ON true
-             WHERE $4 OR f.lane IS NOT NULL OR l.owner IS NULL OR l.lease_until < clock_timestamp()
+             WHERE l.lane < (SELECT lanes FROM {s}.meta)
+               AND ($4 OR f.lane IS NOT NULL OR l.owner IS NULL OR l.lease_until < clock_timestamp())
              ORDER BY l.lane
             """,
             list(floors or ()),
@@ -107,7 +108,8 @@ class Views:
             f"""
             SELECT l.lane, l.batch, l.released, l.halted, l.owner::text AS owner, r.host, r.pid,
                    date_part('epoch', l.lease_until - clock_timestamp()) AS lease_seconds
-              FROM {self._schema}.lane AS l LEFT JOIN {self._schema}.relay AS r ON r.id = l.owner ORDER BY l.lane
+              FROM {self._schema}.lane AS l LEFT JOIN {self._schema}.relay AS r ON r.id = l.owner
+             WHERE l.lane < (SELECT lanes FROM {self._schema}.meta) ORDER BY l.lane
             """
         )
 

@@ -16,9 +16,9 @@ are thrown away, and the next take reads what became of the last batches.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
@@ -26,6 +26,7 @@ from uuid import UUID
 import structlog
 
 from relay.config import RelayConfig
+from relay.destinations import Destinations
 from relay.errors import (
     ConfigError,
     DatabaseTrouble,
@@ -36,6 +37,7 @@ from relay.errors import (
     LaneLost,
     ProgressError,
     Recycle,
+    Refusal,
     TakeAgain,
     Undelivered,
 )
@@ -44,7 +46,7 @@ from relay.floor import Floor
 from relay.lane import PRODUCERS, Begin, Doubt, Finish, Lane, Progress, Runs, Step, cut, digest_of, foreign, reconcile
 from relay.metrics import Metrics
 from relay.pace import Pace
-from relay.quarantine import Quarantine
+from relay.quarantine import PACKING, Quarantine, Search
 from relay.queries import TROUBLE, Meta, Queries, words_of
 from relay.record import Records
 from relay.transaction import Transactions, peek, typed
@@ -93,6 +95,8 @@ class Shared:
     """None: nobody asks for them."""
     tracing: "Tracing | None" = None
     """None: nobody asks for spans."""
+    destinations: Destinations | None = None
+    """None: what Kafka would refuse is found out by producing it."""
 
     async def thread(self, call: Callable[..., T], *args: Any, seconds: float | None = None) -> T:
         """What `call` gives, from a thread. `seconds`: how long it may wait for Kafka, by default `kafka_timeout`.
@@ -118,7 +122,7 @@ class LaneWorker:
         self.lane = lane
         self._shared = shared
         self._stopping = asyncio.Event()
-        self._quarantine = Quarantine(shared.config.batch_rows)
+        self._quarantine = Quarantine(shared.config.batch_rows, holds=shared.config.parking == "hold")
         self._cycle: _Cycle | None = None
         self.taken_at: float | None = None
         """When the lane was taken first, by the monotonic clock; None until then."""
@@ -159,6 +163,8 @@ class LaneWorker:
                 fares better may take it.
         """
         clean = False
+        if self._shared.destinations is not None:
+            self._shared.destinations.doubt()
         try:
             while not clean:
                 clean = await self._hold()
@@ -168,7 +174,8 @@ class LaneWorker:
         except TROUBLE as error:
             raise DatabaseTrouble(f"{type(error).__name__}: {words_of(error)}") from error
         finally:
-            await self._release(clean)
+            if not clean:
+                await self._release(clean)
 
     async def visit(self, errand: Callable[[], Awaitable[T]]) -> T:
         """Take the lane from whoever has it, do `errand` while nobody publishes or parks its events, and release it:
@@ -177,21 +184,37 @@ class LaneWorker:
         Raises:
             LaneHalted, LaneTrouble: as `run`; the errand was not done, or its own error is raised.
         """
-        if not await self._shared.queries.seize(self.lane, self._shared.relay, self._shared.config.lease):
+        async with self.visiting():
+            return await errand()
+
+    @asynccontextmanager
+    async def visiting(self) -> AsyncIterator[Callable[[Any], Awaitable[None]]]:
+        """As `visit`, with what is done meanwhile in the block.
+
+        Given: `last(db)`, to be called once at most. It publishes what waits in the lane, one batch at most, and
+        deletes it on the connection `db`, in the transaction that is open there. What becomes of the lane when that
+        transaction does not commit is what becomes of one whose relay died before its delete.
+        """
+        shared = self._shared
+        if not await shared.queries.seize(self.lane, shared.relay, shared.config.lease):
             raise LaneHalted(f"lane {self.lane} is halted: `relay resolve` comes first")
-        kafka = Transactions(self._shared.config, self._shared.meta.name, self.lane)
+        kafka = Transactions(shared.config, shared.meta.name, self.lane)
         clean = False
         try:
-            await self._take(kafka)
-            result = await errand()
+            try:
+                lane, metadata = await self._take(kafka)
+            except LaneHalted as halted:
+                await shared.queries.halt(self.lane, shared.relay, str(halted))
+                raise
+
+            async def last(db: Any) -> None:
+                cycle = _Cycle(shared, self.lane, kafka, db, db, lane, metadata, self._quarantine, self._stopping)
+                await cycle.last()
+
+            yield last
             clean = True
-        except LaneHalted as halted:
-            await self._shared.queries.halt(self.lane, self._shared.relay, str(halted))
-            raise
-        else:
-            return result
         finally:
-            await self._shared.thread(kafka.discard)
+            await shared.thread(kafka.discard)
             await self._release(clean)
 
     async def _release(self, clean: bool) -> None:
@@ -205,7 +228,7 @@ class LaneWorker:
         """One hold on the lane: take it, then cycle. True: stopped with nothing under way. False: take it anew at
         once."""
         self._stepped_at = time.monotonic()
-        kafka = Transactions(self._shared.config, self._shared.meta.name, self.lane)
+        kafka = _transactions(self._shared, self.lane, self._quarantine)
         try:
             lane, metadata = await self._take(kafka)
             log.info("lane taken", lane=self.lane, batch=lane.batch)
@@ -215,6 +238,9 @@ class LaneWorker:
                     self._shared, self.lane, kafka, reading, writing, lane, metadata, self._quarantine, self._stopping
                 )
                 await self._cycle.run()
+            if self._stopping.is_set():  # before the producers are thrown away, which a standby need not wait for
+                await self._release(clean=True)
+                return True
         except TakeAgain as doubt:
             log.info("lane in doubt", lane=self.lane, reason=str(doubt))
             return self._again("in_doubt")
@@ -223,11 +249,23 @@ class LaneWorker:
             return self._again("recycled")
         except (EventRefused, Undelivered) as refused:
             log.info("batch refused", lane=self.lane, error=str(refused))
+            if self._cycle and self._cycle.refused is not None:
+                await self._shared.thread(kafka.abort, self._cycle.refused)
+            await self._suspect_topics()
             return self._again("refused")
         finally:
             self._cycle = None
             await self._shared.thread(kafka.discard)
-        return True
+        return self._again("refused")  # a search is over
+
+    async def _suspect_topics(self) -> None:
+        """A batch was refused. Where one of its topics has gone, or was forbidden meanwhile, that is why."""
+        suspects, self._quarantine.suspects = self._quarantine.suspects, frozenset()
+        destinations = self._shared.destinations
+        if suspects and destinations is not None:
+            to_blame = await self._shared.thread(destinations.learn, suspects)
+            if to_blame:
+                self._quarantine.acquit()
 
     def _again(self, reason: str) -> bool:
         if self._shared.metrics is not None:
@@ -278,7 +316,7 @@ class LaneWorker:
         shared = self._shared
         meta = await shared.queries.meta()
         meta.refuse_copy()
-        if meta != shared.meta:
+        if (meta.name, meta.uuid) != (shared.meta.name, shared.meta.uuid):
             raise ConfigError(f"the outbox {shared.meta.name} was renamed meanwhile: start the relay anew")
         try:
             progress = await shared.thread(peek, shared.config, meta.name, self.lane)
@@ -300,6 +338,8 @@ class LaneWorker:
         if isinstance(verdict, Finish):
             runs = verdict.runs
             if digest_of(await shared.queries.ids(self.lane, runs)) != verdict.digest:
+                if (await shared.queries.lane(self.lane)).batch != before:  # the former owner has just deleted them
+                    raise TakeAgain(f"the batch of lane {self.lane} moved on from {before} while the lane was taken")
                 raise LaneHalted(
                     f"Kafka has batch {verdict.batch}, the database is one behind, and the rows with that batch's seqs "
                     "are not the events of that batch: the database was restored to another moment, or rows were "
@@ -316,6 +356,15 @@ class LaneWorker:
             shared.metrics.reconciled(sum(end - start for start, end in runs))
         assert progress is not None  # noqa: S101 -- reconcile answers Begin or Doubt for None
         return Lane(verdict.batch), progress.metadata()
+
+
+def _transactions(shared: Shared, lane: int, quarantine: Quarantine) -> Transactions:
+    """As the search for what Kafka refuses asks for it."""
+    packing = quarantine.packing
+    if quarantine.search is not Search.NONE:
+        packing = 1 if quarantine.search is Search.EACH else min(packing or PACKING, PACKING)
+    closely = quarantine.search is not Search.NONE
+    return Transactions(shared.config, shared.meta.name, lane, closely=closely, packing=packing)
 
 
 def _stranger(error: ProgressError, name: str) -> str:
@@ -350,14 +399,24 @@ class _Fetched:
     progress: Progress
     metadata: str
     parked: dict[int, str] = field(default_factory=dict)
-    closely: bool = False
-    """Each record's fate is asked for."""
     began: float = 0.0
     """When its Kafka transaction began, by the monotonic clock."""
 
     @property
-    def seqs(self) -> list[int]:
-        return [row[0] for row in self.rows]
+    def last(self) -> int:
+        """The highest seq of its rows and of those it parks."""
+        return max(self.rows[-1][0] if self.rows else 0, max(self.parked, default=0))
+
+
+@contextmanager
+def _of_row(place: int | None) -> Iterator[None]:
+    """A refusal that no record of Kafka's comes with is of the row at this place, where one is named."""
+    try:
+        yield
+    except EventRefused as refused:
+        if place is None:
+            raise
+        raise EventRefused(str(refused), {place: Refusal(str(refused))}) from refused
 
 
 class _Cycle:
@@ -393,6 +452,10 @@ class _Cycle:
         self._finishing: dict[int, _Finishing] = {}
         self._begun: dict[int, _Fetched] = {}
         """Batches in Kafka transactions that were not acknowledged."""
+        self._search = quarantine.search
+        """As the producers of this hold were opened for it."""
+        self.refused: int | None = None
+        """The batch of which Kafka refused something."""
         self.doubted = False
         self._last_event = self.turned_at = time.monotonic()
         # How long ago the progress was written is not known here: a relay that crashes each hour would let it expire.
@@ -403,9 +466,10 @@ class _Cycle:
         return self._lane.batch
 
     async def run(self) -> None:
-        """Cycle until `stopping`; then nothing is under way. Every error ends the hold."""
+        """Cycle until `stopping`, or until a search for a refused event is over; then nothing is under way. Every error
+        ends the hold."""
         try:
-            while not self._stopping.is_set():
+            while not self._stopping.is_set() and self._search is self._quarantine.search:
                 self.turned_at = time.monotonic()
                 self._raise_failure()
                 await self._room()
@@ -419,6 +483,15 @@ class _Cycle:
         except BaseException as error:
             self._trace_unfinished(error)
             raise
+        finally:
+            await self._cancel()
+
+    async def last(self) -> None:
+        """One batch, of what there is now: published, and its delete sent."""
+        try:
+            if (fetched := await self._fetch()) is not None:
+                await self._publish(fetched)
+            await self._drain()
         finally:
             await self._cancel()
 
@@ -451,7 +524,7 @@ class _Cycle:
         )
         shared.failpoint.done(Step.FETCH)
         ready = await self._framed(rows)
-        if rows and not ready:
+        if rows and not (ready and await self._addressed(ready)):
             return None
         fetched = self._cut(ready) if ready else None
         self._raise_floor(fetched, rows, limit, looked=bool(rows) or self._lane.batch == batch)
@@ -470,6 +543,19 @@ class _Cycle:
             await registry.learn(rows, self._stopping)
         return ready
 
+    async def _addressed(self, rows: list[Any]) -> bool:
+        """Condemn the rows whose topic would not take them. False: topics had to be asked about first, which may have
+        taken long, so the rows are to be fetched anew."""
+        destinations = self._shared.destinations
+        if destinations is None:
+            return True
+        unknown, refused = destinations.part(rows)
+        if unknown:
+            await self._shared.thread(destinations.learn, unknown)
+            return False
+        self._quarantine.condemn(refused)
+        return True
+
     def _cut(self, rows: list[Any]) -> _Fetched:
         """Part the rows to park from those to publish, and take no more than one progress can name."""
         parked: dict[int, str] = {}
@@ -482,7 +568,7 @@ class _Cycle:
             last = rows[count - 1][0]
             parked = {seq: error for seq, error in parked.items() if seq < last}
             rows = rows[:count]
-        return _Fetched(number, rows, progress, metadata, parked, self._quarantine.closely)
+        return _Fetched(number, rows, progress, metadata, parked)
 
     def _raise_floor(self, fetched: _Fetched | None, rows: list[Any], limit: int, looked: bool) -> None:
         """Note the fetch.
@@ -493,7 +579,7 @@ class _Cycle:
         if fetched is None:
             self.floor.fetched(0, complete=looked)
         else:
-            last = max(fetched.rows[-1][0] if fetched.rows else 0, max(fetched.parked, default=0))
+            last = fetched.last
             taken = len(fetched.rows) + len(fetched.parked)
             complete = taken == len(rows) < limit and not self._full(rows)
             self.floor.fetched(last, complete)
@@ -520,7 +606,7 @@ class _Cycle:
             suspicious = await self._finishing[number - PRODUCERS].commit
             if suspicious is not None:  # its delayed EndTxn could end the transaction that would begin now
                 raise Recycle(suspicious)
-        with self._noting_refusal(fetched, by_record=True):
+        with self._noting_refusal(fetched):
             await self._produce(fetched)
             await self._shared.thread(self._kafka.flush, number)
         self._lane = self._lane.flushed(number)
@@ -529,36 +615,51 @@ class _Cycle:
         self._finishing[number] = _Finishing(commit, asyncio.create_task(self._delete(fetched, commit)))
         if fetched.parked:
             await self._finishing[number].delete
-        elif len(fetched.rows) < AHEAD_ROWS:
+        elif len(fetched.rows) < AHEAD_ROWS or self._search is not Search.NONE:
             await commit
-        self._quarantine.published()
+        if self._search is self._quarantine.search:  # else this batch was begun before a search, and says nothing of it
+            self._quarantine.passed(fetched.last)
         self._last_event = time.monotonic()
 
     @contextmanager
-    def _noting_refusal(self, fetched: _Fetched, by_record: bool) -> Iterator[None]:
+    def _noting_refusal(self, fetched: _Fetched) -> Iterator[None]:
         """A refusal may show at any call from `produce` on, and may be of something else than an event: such a batch is
         produced once more, closely. Then what is said record by record is an event's fault, and nothing else is."""
         try:
             yield
         except (EventRefused, Undelivered) as refused:
-            if not fetched.closely:
-                self._quarantine.closely = True
-                raise Undelivered(str(refused)) from refused
-            if not by_record or isinstance(refused, Undelivered):
+            if not fetched.rows:
                 raise KafkaTrouble(str(refused)) from refused
-            self._quarantine.refused(fetched.seqs, str(refused), refused.events)
+            self.refused = fetched.number
+            if self._search is Search.NONE:
+                self._quarantine.refused(fetched.last, {row[3] for row in fetched.rows})
+                raise Undelivered(str(refused)) from refused
+            if isinstance(refused, Undelivered) or not (refused.events or self._search is Search.LARGE):
+                raise KafkaTrouble(str(refused)) from refused
+            if refused.events:
+                self._name(fetched, refused.events)
+            else:
+                self._quarantine.unnamed()
             raise
+
+    def _name(self, fetched: _Fetched, events: Mapping[int, Refusal]) -> None:
+        self._quarantine.named({fetched.rows[place][0]: event.why for place, event in events.items()})
+        if self._shared.destinations is not None:
+            for place, event in events.items():
+                self._shared.destinations.note(fetched.rows[place], event)
 
     async def _produce(self, fetched: _Fetched) -> None:
         if not self._lane.may_produce(fetched.number):
             raise IllegalStep(f"batch {fetched.number} may not be produced in {self._lane}")
         fetched.began = time.monotonic()
         self._begun[fetched.number] = fetched
-        produce = self._kafka.begin(fetched.number, fetched.closely)
-        for start in range(0, len(fetched.rows), YIELD_ROWS):
-            with typed("produce a batch", EventRefused):
-                self._records.produce(fetched.rows[start : start + YIELD_ROWS], produce)
-            await asyncio.sleep(0)
+        produce = self._kafka.begin(fetched.number)
+        rows = YIELD_ROWS if self._search is Search.NONE else 1
+        for start in range(0, len(fetched.rows), rows):
+            with _of_row(None if self._search is Search.NONE else start), typed("produce a batch", EventRefused):
+                self._records.produce(fetched.rows[start : start + rows], produce)
+            if start % YIELD_ROWS == 0:
+                await asyncio.sleep(0)
         self._shared.failpoint.done(Step.PRODUCE)
 
     async def _commit(self, fetched: _Fetched) -> str | None:
@@ -568,7 +669,7 @@ class _Cycle:
             await self._finishing[number - 1].delete
         if not self._lane.may_commit(number):
             raise IllegalStep(f"batch {number} may not be committed in {self._lane}")
-        with self._noting_refusal(fetched, by_record=False):
+        with self._noting_refusal(fetched):
             suspicious = await self._shared.thread(
                 self._commit_in_thread, number, fetched.metadata, seconds=self._shared.config.transaction_timeout
             )

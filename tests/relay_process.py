@@ -50,7 +50,7 @@ SELECT gen_random_uuid(), 'test.SEEDED', %s, 'key-' || g %% 97, convert_to(repea
 def patched(folder: Path, code: str) -> dict[str, str]:
     """Environment of a relay in which `code` has run before it begins."""
     (folder / "sitecustomize.py").write_text(code)
-    return {"PYTHONPATH": str(folder)}
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 ATTENTIVE = "import relay.supervisor; relay.supervisor.HEARTBEAT = 0.5"

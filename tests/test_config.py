@@ -95,8 +95,8 @@ def test_a_truth_that_is_none_is_refused_by_name(value: str) -> None:
         ({"OUTBOX_KAFKA_QUEUE_BUFFERING_MAX_MESSAGES": "100"}, ["OUTBOX_BATCH_ROWS", "queue.buffering.max.messages"]),
         ({"OUTBOX_KAFKA_QUEUE_BUFFERING_MAX_MESSAGES": "many"}, ["queue.buffering.max.messages", "number"]),
         ({"OUTBOX_KAFKA_TOPIC_METADATA_PROPAGATION_MAX_MS": "30000"}, ["propagation", "transaction.timeout.ms"]),
-        ({"OUTBOX_KAFKA_TRANSACTION_TIMEOUT_MS": "5000"}, ["propagation", "transaction.timeout.ms"]),
-        ({"OUTBOX_KAFKA_TIMEOUT": "10"}, ["OUTBOX_KAFKA_TIMEOUT", "topic.metadata.propagation.max.ms"]),
+        ({"OUTBOX_KAFKA_TRANSACTION_TIMEOUT_MS": "2000"}, ["propagation", "transaction.timeout.ms"]),
+        ({"OUTBOX_KAFKA_TIMEOUT": "3"}, ["OUTBOX_KAFKA_TIMEOUT", "topic.metadata.propagation.max.ms"]),
     ],
 )
 def test_a_wrong_or_contradictory_setting_is_refused_with_its_name(

@@ -55,8 +55,10 @@ def take(config: RelayConfig, name: str) -> Iterator[Open]:
     """Opens the two producers of a lane, as step 2 does."""
     opened: list[Transactions] = []
 
-    def take(lane: int = 0, given: RelayConfig = config) -> Transactions:
-        transactions = Transactions(given, name, lane)
+    def take(
+        lane: int = 0, given: RelayConfig = config, *, closely: bool = False, packing: int | None = None
+    ) -> Transactions:
+        transactions = Transactions(given, name, lane, closely=closely, packing=packing)
         opened.append(transactions)
         transactions.fence(0)
         transactions.fence(1)
@@ -67,17 +69,17 @@ def take(config: RelayConfig, name: str) -> Iterator[Open]:
         transactions.discard()
 
 
-def publish(transactions: Transactions, batch: int, *values: tuple[str, bytes], closely: bool = False) -> Progress:
+def publish(transactions: Transactions, batch: int, *values: tuple[str, bytes]) -> Progress:
     """A whole batch. Returned: its progress."""
     progress, metadata = cut(OUTBOX, batch, list(range(1, len(values) + 1)), [str(n) for n in range(len(values))])
-    produce(transactions, batch, *values, closely=closely)
+    produce(transactions, batch, *values)
     transactions.offsets(batch, metadata)
     transactions.commit(batch)
     return progress
 
 
-def produce(transactions: Transactions, batch: int, *values: tuple[str, bytes], closely: bool = False) -> None:
-    hand_over = transactions.begin(batch, closely)
+def produce(transactions: Transactions, batch: int, *values: tuple[str, bytes]) -> None:
+    hand_over = transactions.begin(batch)
     with typed("produce", EventRefused):
         for topic, value in values:
             hand_over(topic, value, "key", -1, None, None, 1_700_000_000_000, [("ce_id", b"x")])
@@ -210,12 +212,10 @@ def test_an_offset_that_no_relay_wrote_is_no_progress(take: Open, kafka: Kafka, 
 @pytest.mark.parametrize("value", [2_000_000, 1_048_580])
 def test_an_event_too_large_for_the_client_is_told_by_its_place(take: Open, topic: MakeTopic, value: int) -> None:
     name = topic()
-    first = take()
+    first = take(closely=True, packing=10_000)
     with pytest.raises(EventRefused) as caught:
-        publish(first, 1, (name, b"small"), (name, bytes(value)), (name, b"small"), closely=True)
-    if value == 2_000_000:
-        assert list(caught.value.events) == [1]
-    assert "MSG_SIZE_TOO_LARGE" in str(caught.value)
+        publish(first, 1, (name, b"small"), (name, bytes(value)), (name, b"small"))
+    assert {place: event.code for place, event in caught.value.events.items()} == {1: "MSG_SIZE_TOO_LARGE"}
 
 
 def test_an_event_of_the_largest_size_that_services_may_write_is_published(
@@ -233,7 +233,18 @@ def test_a_batch_with_an_event_too_large_for_its_topic_is_refused_when_it_is_flu
     with pytest.raises(Undelivered, match="MSG_SIZE_TOO_LARGE"):
         publish(take(), 1, (name, bytes(5_000)))
     with pytest.raises(EventRefused, match="MSG_SIZE_TOO_LARGE"):
-        publish(take(), 1, (name, bytes(5_000)), closely=True)
+        publish(take(closely=True), 1, (name, bytes(5_000)))
+
+
+def test_fewer_records_travel_together_where_all_of_them_were_too_many(
+    take: Open, topic: MakeTopic, kafka: Kafka
+) -> None:
+    name = topic(config={"max.message.bytes": "1000"})
+    events = [(name, bytes(100)) for _ in range(20)]
+    with pytest.raises(Undelivered, match="MSG_SIZE_TOO_LARGE"):
+        publish(take(), 1, *events)
+    publish(take(packing=900), 1, *events)
+    assert len(visible(kafka, name, 20)) == 20
 
 
 @pytest.mark.parametrize("unknown", ["nowhere", "no topic", "x" * 300])
@@ -245,17 +256,17 @@ def test_events_of_a_topic_that_is_not_there_are_told_by_their_places(
     with pytest.raises(Undelivered):
         publish(take(), 1, *events)
     with pytest.raises(EventRefused) as caught:
-        publish(take(), 1, *events, closely=True)
+        publish(take(closely=True), 1, *events)
     assert sorted(caught.value.events) == [1, 3]
-    assert all("opic" in why for why in caught.value.events.values())
+    assert all("opic" in event.why for event in caught.value.events.values())
 
 
 def test_a_closely_watched_batch_without_a_fault_is_published_as_any_other(
     take: Open, topic: MakeTopic, kafka: Kafka
 ) -> None:
     name = topic()
-    first = take()
-    publish(first, 1, *((name, b"%d" % n) for n in range(100)), closely=True)
+    first = take(closely=True, packing=1)
+    publish(first, 1, *((name, b"%d" % n) for n in range(100)))
     publish(first, 2, (name, b"last"))
     assert visible(kafka, name, 101) == [b"%d" % n for n in range(100)] + [b"last"]
 

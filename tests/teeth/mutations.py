@@ -174,7 +174,7 @@ MUTATIONS = (
                 'producer = self._producers[batch % PRODUCERS]\n        with typed("begin',
                 'producer = self._producers[0]\n        with typed("begin',
             ),
-            Edit("left = self._producers[batch % PRODUCERS]", "left = self._producers[0]"),
+            Edit("producer, watch = self._producers[batch % PRODUCERS]", "producer, watch = self._producers[0]"),
             Edit("self._producers[(batch if number is None else number) % PRODUCERS]", "self._producers[0]"),
             Edit(
                 'producer = self._producers[batch % PRODUCERS]\n        with typed("commit',
@@ -190,7 +190,7 @@ MUTATIONS = (
         (
             Edit("self._kafka.offsets(number, metadata)", "pass"),
             behind(
-                "produce = self._kafka.begin(fetched.number, fetched.closely)\n",
+                "produce = self._kafka.begin(fetched.number)\n",
                 "        self._kafka.offsets(fetched.number, fetched.metadata)\n",
             ),
         ),
@@ -219,10 +219,7 @@ MUTATIONS = (
         "failed-commit-is-committed",
         "an exception of the commit is ignored, and the rows are deleted",
         "relay/transaction.py",
-        (
-            Edit("from contextlib import contextmanager", "from contextlib import contextmanager, suppress"),
-            Edit('with typed("commit a batch", Undelivered):', "with suppress(KafkaException, SystemError):"),
-        ),
+        (Edit('with typed("commit a batch", Undelivered):', "with suppress(KafkaException, SystemError):"),),
         ("tests/test_transaction.py::test_a_fenced_zombie_commits_nothing_and_learns_that_the_lane_is_lost",),
     ),
     Mutation(
@@ -379,12 +376,7 @@ MUTATIONS = (
         "untaken-rows-counted",
         "the floor counts rows that were fetched and did not fit into the batch",
         "relay/worker.py",
-        (
-            Edit(
-                "last = max(fetched.rows[-1][0] if fetched.rows else 0, max(fetched.parked, default=0))",
-                "last = rows[-1][0]",
-            ),
-        ),
+        (Edit("last = fetched.last", "last = rows[-1][0]"),),
         ("tests/test_relay.py::test_a_batch_is_cut_where_its_progress_would_not_fit",),
     ),
     # ---- order, poison, settings -------------------------------------------------------------------------------------

@@ -15,11 +15,13 @@ from typing import Protocol
 
 from tests.servers.errors import ServerError, ServerUnavailable, StartFailed
 from tests.servers.kafka import Kafka
+from tests.servers.pgbouncer import PgBouncer
 from tests.servers.postgres import Postgres
 from tests.servers.registry import Registry
 
 __all__ = [
     "Kafka",
+    "PgBouncer",
     "Postgres",
     "Registry",
     "Server",

@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import httpx
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 from outbox.identity import HERE
@@ -36,6 +37,13 @@ class MakeTopic(Protocol):
     def __call__(self, partitions: int = 1, config: Mapping[str, str] | None = None) -> str:
         """Name of a new topic that no other test knows."""
         ...
+
+
+@pytest.fixture(autouse=True)
+def log_as_configured() -> Iterator[None]:
+    """A command that a test runs in this process configures the log, for all tests after it."""
+    yield
+    structlog.reset_defaults()
 
 
 def started(make: Callable[[], S]) -> S:

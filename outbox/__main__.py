@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from outbox.codegen import codegen
-from outbox.consumer.commands import consume, dead, replay
+from outbox.consumer.commands import consume, dead, inbox, replay
 from outbox.errors import OutboxError
 from outbox.roles import Roles, grants
 from outbox.schemas_commands import schemas_group
@@ -122,7 +122,7 @@ def rename(name: str, url: str | None, events: Any, schema: str) -> None:
     click.echo(f"the outbox in the SQL schema {schema} is {name} now; {waiting} events wait", err=True)
 
 
-for _command in (codegen, schemas_group, consume, replay, dead):
+for _command in (codegen, schemas_group, consume, replay, inbox, dead):
     main.add_command(_command)
 
 

@@ -15,12 +15,14 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 import sqlalchemy as sa
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from outbox import DecodeError, Inbox, InvalidMessage, MigrationError, TransactionError, UsageError, uuid7
+from outbox.__main__ import main
 from outbox.inbox import id_of
 from tests.roles import OWNER, ROLES, as_role
 
@@ -286,6 +288,27 @@ def test_purge_forgets_old_claims_of_this_consumer_batch_by_batch(engine: sa.Eng
     assert sizes == [10, 10, 5, 0]
     assert claimed(engine, inbox, old + new) == old
     assert claimed(engine, Inbox("notification"), old) == []
+
+
+def test_claims_are_listed_and_purged_by_command(engine: sa.Engine, inbox: Inbox, database: str) -> None:
+    claimed(engine, inbox, records(20))
+    age(engine, timedelta(days=8))
+    claimed(engine, inbox, records(10))
+    claimed(engine, Inbox("other"), records(2))
+
+    def run(*arguments: str) -> Any:
+        done = CliRunner().invoke(main, ["inbox", *arguments, "--url", database])
+        assert done.exit_code == 0, done.output
+        return done
+
+    assert "20 claims forgotten" in run("purge", inbox.consumer, "--older-than", "7").output
+    assert {row["consumer"]: row["claims"] for row in json.loads(run("list", "--json").stdout)} == {
+        inbox.consumer: 10,
+        "other": 2,
+    }
+    assert f"{inbox.consumer}  10  20" in run("list").stdout
+    refused = CliRunner().invoke(main, ["inbox", "purge", inbox.consumer, "--older-than", "0", "--url", database])
+    assert refused.exit_code == 2
 
 
 def test_concurrent_purges_step_aside_for_each_other(engine: sa.Engine, inbox: Inbox) -> None:

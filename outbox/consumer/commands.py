@@ -1,4 +1,4 @@
-"""The commands of `outbox` that are about consumers: consume, replay, dead.
+"""The commands of `outbox` that are about consumers: consume, replay, inbox, dead.
 
 APP names the user's Consumer as `module:attribute`, as uvicorn names an application; the module is looked for in the
 current directory first.
@@ -12,20 +12,22 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import click
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 from outbox.consumer.dead import DeadMessages
 from outbox.consumer.replay import Replay, Report, Selection
 from outbox.consumer.runtime import Consumer
 from outbox.consumer.store import DeadMessage, decoded
 from outbox.errors import UsageError
+from outbox.inbox import Inbox
 from outbox.migrate import with_connection
-from outbox.tables import SCHEMA
+from outbox.tables import SCHEMA, tables
 
 GC_THRESHOLD = 100_000
 """Objects made before the garbage collector looks for cycles. Python's 700 has it walk what is in hand all the time."""
@@ -160,6 +162,76 @@ def _offset(text: str) -> tuple[int, int]:
     if not (partition.isdigit() and offset.isdigit()):
         raise UsageError(f"--offset {text!r} is not PARTITION:OFFSET, such as 0:1200")
     return int(partition), int(offset)
+
+
+# --- claims ---
+
+
+@click.group()
+def inbox() -> None:
+    """The claims of consumers: the events that have taken effect.
+
+    \b
+    Examples:
+      outbox inbox list --url postgresql://localhost/analytics
+      outbox inbox purge analytics --older-than 30 --url postgresql://localhost/analytics
+    """
+
+
+_url = click.option("--url", envvar="OUTBOX_DATABASE_URL", required=True, help="The consumer's database.")
+_sql_schema = click.option("--schema", default=SCHEMA, show_default=True, envvar="OUTBOX_SCHEMA")
+
+
+@inbox.command("list")
+@_url
+@_sql_schema
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def list_claims(url: str, schema: str, as_json: bool) -> None:
+    """List the consumers, how many claims each has, and the oldest and the latest of them. Reads the whole table."""
+    rows: list[Any] = []
+    table = tables(schema).tables[f"{schema}.inbox"].c
+    query = (
+        sa.select(table.consumer, sa.func.count(), sa.func.min(table.processed_at), sa.func.max(table.processed_at))
+        .group_by(table.consumer)
+        .order_by(table.consumer)
+    )
+    with_connection(url, lambda connection: rows.extend(connection.execute(query)), task="asked")
+    if as_json:
+        names = ("consumer", "claims", "oldest", "latest")
+        click.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2, default=str))
+        return
+    for consumer, claims, oldest, latest in rows:
+        click.echo(f"{consumer}  {claims:,}  {oldest.isoformat()}  {latest.isoformat()}")
+    if not rows:
+        click.echo("no event was claimed", err=True)
+
+
+@inbox.command("purge")
+@click.argument("consumer")
+@click.option("--older-than", type=click.FloatRange(0, min_open=True), required=True, help="Days.")
+@_url
+@_sql_schema
+def purge_claims(consumer: str, older_than: float, url: str, schema: str) -> None:
+    """Forget the claims of CONSUMER that were made more than --older-than days ago.
+
+    An event that Kafka delivers again after its claim was forgotten takes effect twice: keep claims for longer than the
+    topics keep events. A Consumer with Limits(claims=…) does this by itself, and checks that.
+    """
+    forgotten, claims, age = 0, Inbox(consumer, schema=schema), timedelta(days=older_than)
+
+    def purge(connection: sa.Connection) -> None:
+        nonlocal forgotten
+        with Session(connection) as session:
+            count = claims.purge(session, age)
+            session.commit()
+        forgotten += count
+
+    while True:
+        before = forgotten
+        with_connection(url, purge, task="asked")
+        if forgotten == before:
+            break
+    click.echo(f"{forgotten:,} claims forgotten", err=True)
 
 
 # --- dead messages ---

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from benchmarks import compression, consumer, drain, idle, inbox, latency, sweep, transaction, write
+from benchmarks import budget, compression, consumer, drain, idle, inbox, latency, sweep, transaction, write
 from benchmarks.stage import Stage, say
 
 
@@ -31,13 +31,14 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "transaction": Benchmark(transaction.transaction, transaction.FULL, transaction.QUICK),
     "held-snapshot": Benchmark(drain.held_snapshot, drain.HELD, drain.HELD_QUICK),
     "idle": Benchmark(idle.idle, idle.FULL, idle.QUICK),
+    "budget": Benchmark(budget.budget, budget.FULL, budget.QUICK),
     "compression": Benchmark(compression.compression, compression.FULL, compression.QUICK),
     "load": Benchmark(latency.latency, latency.LOAD, latency.LOAD_QUICK),
     "sweep": Benchmark(sweep.sweep, sweep.FULL, sweep.QUICK),
     "sustained": Benchmark(latency.latency, latency.SUSTAINED, latency.SUSTAINED_QUICK),
 }
 
-LONG = ("compression", "load", "sweep", "sustained")
+LONG = ("budget", "compression", "load", "sweep", "sustained")
 """A quarter of an hour and more: only when asked for."""
 
 

@@ -36,6 +36,21 @@ def _seconds(process: psutil.Process) -> float:
     return float(times.user + times.system + reaped)
 
 
+def threads(pid: int | None) -> list[tuple[int, str, float]]:
+    """Number, name and CPU seconds of each thread of a process. None: it cannot be read, or this is no Linux."""
+    folders = Path(f"/proc/{pid}/task").glob("*") if pid is not None else ()
+    tick = os.sysconf("SC_CLK_TCK")
+    found = []
+    for folder in folders:
+        try:
+            name, text = (folder / "comm").read_text().strip(), (folder / "stat").read_text()
+        except OSError:  # it ended
+            continue
+        user, system = text.rpartition(")")[2].split()[11:13]
+        found.append((int(folder.name), name, (int(user) + int(system)) / tick))
+    return found
+
+
 def readings(pids: Mapping[str, int | None]) -> dict[str, float | None]:
     """`cpu_seconds` of several processes by their names."""
     return {name: cpu_seconds(pid) for name, pid in pids.items()}

@@ -96,6 +96,7 @@ def report(results: Mapping[str, Result]) -> str:
         "inbox": _inbox,
         "consumer": _consumer,
         "idle": _idle,
+        "budget": _budget,
         "compression": _compression,
         "load": _loads,
         "sweep": _sweep,
@@ -191,6 +192,37 @@ def _sweep(result: Result) -> str:
     return f"One thing different from a backlog of {result['events']:,} events:\n\n" + table(
         (*head, "lost, doubled, reordered"), rows
     )
+
+
+def _budget(result: Result) -> str:
+    wal = result["wal_bytes_per_event"]
+    cpu = f"CPU, µs an event: {_shares(result['cpu_us_per_event'])}"
+    logged = f"WAL, bytes an event: {wal['written']} by the writer's INSERT, {wal['drained']} by the relay"
+    threads = [[process, _shares(groups)] for process, groups in result["threads_us_per_event"].items()]
+    parts = [
+        f"A relay at work, {result['events_per_s']:,} events/s. {cpu}. {logged}.\n",
+        table(("of the CPU of", "µs an event, by thread"), threads),
+    ]
+    statements = [
+        [
+            one["statement"],
+            *(str(one[name]) for name in ("calls_per_1000_events", "us_per_event", "wal_bytes_per_event")),
+        ]
+        for one in result["statements"]
+    ]
+    parts.append(table(("statement", "calls, of 1,000 events", "µs an event", "WAL, bytes an event"), statements))
+    if result["profile"]:
+        parts.append("The event loop's thread, by py-spy: " + _shares(result["profile"], " %") + ".\n")
+    steps = [
+        [one["step"], str(one["here_us_per_event"]), _text(one["server_us_per_event"]), one["server"] or ""]
+        for one in result["steps"]
+    ]
+    parts.append(table(("each step alone", "µs an event", "in the server", ""), steps))
+    return "\n".join(parts)
+
+
+def _shares(found: Mapping[str, float], unit: str = "") -> str:
+    return ", ".join(f"{name} {value:g}{unit}" for name, value in found.items())
 
 
 def _compression(result: Result) -> str:

@@ -22,6 +22,9 @@ POSTGRES = {
 }
 """Server settings beside the defaults of tests/servers; fsync and synchronous_commit are on. Part of every result."""
 
+LIBRARIES = {"shared_preload_libraries": "pg_stat_statements", "pg_stat_statements.track": "none"}
+"""It counts nothing before `Stage.track`."""
+
 PARTITIONS = 4
 
 TYPE = "com.chipquality.events.inspection.INSPECTION_COMPLETED"
@@ -90,7 +93,7 @@ class Stage:
     def postgres(self) -> Postgres:
         """PostgreSQL with fsync on."""
         if self._postgres is None:
-            self._postgres = Postgres(fsync=True, settings=POSTGRES)
+            self._postgres = Postgres(fsync=True, settings={**POSTGRES, **LIBRARIES})
             self._postgres.start()
         return self._postgres
 
@@ -126,6 +129,11 @@ class Stage:
     def seed(self, contender: Contender, backlog: Backlog) -> None:
         """All of it in one INSERT."""
         self.postgres.execute(backlog.insert(contender), contender.database)
+
+    def track(self, contender: Contender) -> None:
+        """Count the statements of sessions that begin from now on in its database."""
+        self.postgres.execute("CREATE EXTENSION pg_stat_statements", contender.database)
+        self.postgres.execute(f"ALTER DATABASE {contender.database} SET pg_stat_statements.track = 'top'")
 
     def wal(self) -> int:
         """Bytes of WAL that were written since the cluster began."""

@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic: a figure is worth what its computation is worth. Nothing is timed here."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from benchmarks import machine
 from benchmarks.__main__ import BENCHMARKS, LONG, chosen, flaws
+from benchmarks.budget import shares
 from benchmarks.figures import (
     Mark,
     Tally,
@@ -184,6 +186,57 @@ def test_the_report_shows_what_a_consumer_takes_in_batches_and_one_by_one() -> N
     assert "| consumer: events a second in batches | 31,000 | ≥ 30,000 | met |" in text
     assert "| consumer: one by one, 8 keys at once | 900 | ≥ 1,200 | missed |" in text
     assert "| batches | 31,000 | 30,000 31,000 | consumer 4.5, broker None | 0 |" in text
+
+
+def test_samples_of_the_event_loops_thread_are_told_apart_by_the_first_part_that_has_one_of_their_frames() -> None:
+    cycle = "thread (7): MainThread;run (relay/__main__.py:9);_Cycle._produce (relay/worker.py:1)"
+    assert shares(
+        [
+            f"{cycle};Records.produce (relay/record.py:2) 2",
+            f"{cycle};Records.produce (relay/record.py:2);Producer_produce (cimpl.so);rd_kafka_producev (rd.so) 1",
+            f"{cycle};Records.produce (relay/record.py:2);Producer_produce (cimpl.so) 4",
+            "thread (7): MainThread;run (relay/__main__.py:9);uv_run (core.c) 1",
+            "thread (8): kafka_0;rd_kafka_flush (librdkafka.so) 100",
+        ]
+    ) == {
+        "produce: confluent-kafka, from Python to C": 50.0,
+        "produce: the record in Python": 25.0,
+        "produce: librdkafka": 12.5,
+        "event loop": 12.5,
+    }
+
+
+def test_the_report_shows_the_budget_of_an_event_step_by_step() -> None:
+    budget = {
+        **RESULTS[0],
+        "bench": "budget",
+        "events_per_s": 150_000,
+        "cpu_us_per_event": {"relay": 4.5, "database": 3.0},
+        "wal_bytes_per_event": {"written": 450, "drained": 60},
+        "threads_us_per_event": {"relay": {"event loop": 2.5, "librdkafka": 2.0}},
+        "statements": [
+            {"statement": "fetch", "calls_per_1000_events": 0.13, "us_per_event": 1.5, "wal_bytes_per_event": 0}
+        ],
+        "profile": None,
+        "steps": [
+            {"step": "a bare COPY", "server": "database", "here_us_per_event": 0.5, "server_us_per_event": 1.25},
+            {"step": "records", "server": None, "here_us_per_event": 0.4, "server_us_per_event": None},
+        ],
+    }
+    text = report({"budget": budget})
+    assert "CPU, µs an event: relay 4.5, database 3. WAL, bytes an event: 450 by the writer's INSERT, 60" in text
+    assert "| relay | event loop 2.5, librdkafka 2 |" in text
+    assert "| fetch | 0.13 | 1.5 | 0 |" in text
+    assert "| a bare COPY | 0.5 | 1.25 | database |" in text
+    assert "| records | 0.4 |  |  |" in text
+    assert "by py-spy" not in text
+    assert "by py-spy: event loop 25 %." in report({"budget": {**budget, "profile": {"event loop": 25.0}}})
+
+
+def test_threads_of_this_process_are_seen_with_their_cpu() -> None:
+    seen = {number: seconds for number, _, seconds in machine.threads(os.getpid())}
+    assert seen[os.getpid()] > 0
+    assert machine.threads(None) == []
 
 
 def test_backlogs_are_flat_by_the_slowest_length_to_the_fastest() -> None:

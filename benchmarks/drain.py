@@ -2,8 +2,8 @@
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psycopg
@@ -70,27 +70,64 @@ def relay(stage: Stage, sizes: Sizes) -> dict[str, Any]:
     }
 
 
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "snapshot": ("snapshot",),
+    "long writer": ("writer",),
+    "both": ("snapshot", "writer"),
+}
+"""What sits in an open transaction, by the name of the kind."""
+
+
 def held_snapshot(stage: Stage, sizes: Sizes) -> dict[str, Any]:
-    """One relay process, a backlog a round, while a session holds a snapshot: no deleted row can be vacuumed."""
+    """A backlog a round while sessions sit in their transactions: no deleted row can be vacuumed. Each kind begins with
+    a database of its own."""
     backlog = Backlog((stage.topic("held"),), sizes.events)
-    contender = stage.relay("held")
+    return {"events": sizes.events, "kinds": {kind: _held(stage, kind, backlog, sizes) for kind in KINDS}}
+
+
+def _held(stage: Stage, kind: str, backlog: Backlog, sizes: Sizes) -> dict[str, Any]:
+    """Rounds of one relay process."""
+    contender = stage.relay(f"held_{kind.replace(' ', '_')}")
     rounds: list[Round] = []
     with stage.running(contender) as process:
         for _ in range(sizes.warming):
-            say(f"held-snapshot: warming {told(contender, while_running(stage, contender, backlog, process))}")
+            one = while_running(stage, contender, backlog, process)
+            say(f"held-snapshot: {kind}: warming {told(contender, one)}")
             stage.vacuum(contender)
-        with _snapshot(stage.postgres.url(contender.database)):
+        with _open_transactions(stage, kind, contender, backlog):
             for number in range(sizes.rounds):
                 rounds.append(while_running(stage, contender, backlog, process))
-                say(f"held-snapshot: round {number + 1} of {sizes.rounds}: {told(contender, rounds[-1])}")
+                say(f"held-snapshot: {kind}: round {number + 1} of {sizes.rounds}: {told(contender, rounds[-1])}")
             size = stage.postgres.execute("SELECT pg_total_relation_size('outbox.outbox')", contender.database)
+    stage.vacuum(contender)  # else autovacuum would do it, in the rounds of the next kind
+    stage.settle(contender)
     rates = [one.rate for one in rounds]
     return {
-        "events": sizes.events,
         **_summary(rounds, sizes),
         "last_to_first": round(rates[-1] / rates[0], 2) if rates[0] else None,
         "table_mb": round(size[0][0] / 1e6, 1),
     }
+
+
+@contextmanager
+def _open_transactions(stage: Stage, kind: str, contender: Contender, backlog: Backlog) -> Iterator[None]:
+    """`snapshot`: a session that read something in REPEATABLE READ, as a report or pg_dump does.
+
+    `writer`: one that wrote an event, so that the safe floor stays where it is and each fetch passes the dead rows
+    above it. It is rolled back: that event never comes.
+    """
+    statements = {
+        "snapshot": (psycopg.IsolationLevel.REPEATABLE_READ, "SELECT count(*) FROM outbox.meta"),
+        "writer": (psycopg.IsolationLevel.READ_COMMITTED, replace(backlog, events=1).insert(contender)),
+    }
+    with ExitStack() as stack:
+        for name in KINDS[kind]:
+            level, statement = statements[name]
+            session = stack.enter_context(psycopg.connect(stage.postgres.url(contender.database)))
+            session.isolation_level = level
+            session.execute(statement)
+            stack.callback(session.rollback)
+        yield
 
 
 def warm(stage: Stage, contenders: Sequence[Contender], backlog: Backlog, rounds: int) -> None:
@@ -127,15 +164,6 @@ def while_running(stage: Stage, contender: Contender, backlog: Backlog, process:
         wal = stage.wal() - wal
         reading = reader.reading()
     return Round(reading.rate, reading.tally, {**cpu, "reader": round(reading.cpu, 3)}, peak, wal)
-
-
-@contextmanager
-def _snapshot(url: str) -> Iterator[None]:
-    """A session that read something in REPEATABLE READ and stays in its transaction, as a report or pg_dump does."""
-    with psycopg.connect(url) as session:
-        session.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
-        session.execute("SELECT count(*) FROM outbox.meta")
-        yield
 
 
 def _summary(rounds: Sequence[Round], sizes: Sizes) -> dict[str, Any]:

@@ -115,11 +115,14 @@ def _found(what: str, value: str, backlog: Backlog, rounds: list[Round], others:
     return {
         "what": what,
         "value": value,
+        "events": backlog.events,
+        "bytes": backlog.size,
         "events_per_s": round(statistics.median(one.rate for one in rounds)),
         "mb_per_s": round(statistics.median(one.rate for one in rounds) * backlog.size / 1e6, 1),
         "relay_cpu_us_per_event": round(statistics.median(cpu) / backlog.events * 1e6, 2) if cpu else None,
         "wal_bytes_per_event": round(statistics.median(one.wal for one in rounds) / backlog.events) if alone else None,
         "peak_mb": max((one.peak_mb for one in rounds if one.peak_mb is not None), default=None) if alone else None,
+        "naive_events_per_s": round(statistics.median(one.rate for one in others)) if others else None,
         "ratio_to_naive": round(statistics.median(ratios), 2) if others else None,
         **asdict(added(one.tally for one in rounds)),
     }

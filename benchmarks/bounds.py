@@ -23,7 +23,9 @@ from relay.lane import cut
 from relay.queries import Queries, connect
 from relay.record import Records
 
-DEFAULTS = RelayConfig(database_url="postgresql://nowhere", kafka={"bootstrap.servers": "nowhere"})
+DEFAULTS = RelayConfig(
+    database_url="postgresql://nowhere", kafka={"bootstrap.servers": "nowhere", "compression.type": "none"}
+)
 ROWS = DEFAULTS.batch_rows
 
 Step = dict[str, Any]

@@ -158,6 +158,7 @@ class Stage:
             "OUTBOX_DATABASE_URL": self.postgres.url(contender.database),
             "OUTBOX_KAFKA_BOOTSTRAP_SERVERS": self.kafka.bootstrap,
             "PYTHONPATH": str(contender.root),
+            "OUTBOX_KAFKA_COMPRESSION_TYPE": "none",  # the naive relay has none either, and a filler says nothing of it
             **(settings or {}),
         }
         folder = make_folder("benchmark")

@@ -18,7 +18,7 @@ from typing import Any
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
 
-from relay.config import RelayConfig
+from relay.config import KAFKA_DEFAULTS, RelayConfig
 from relay.errors import KafkaTrouble, Refusal
 
 REFUSAL_SECONDS = 5.0
@@ -33,6 +33,8 @@ REST = 10.0
 
 AGAIN = 0.1
 """Seconds between two questions."""
+
+_CODEC = ("compression.type", "compression.codec")
 
 _LEGAL = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
@@ -52,9 +54,8 @@ class Destinations:
         self._sizes: dict[str, tuple[int, str, float]] = {}
         """Topic → the size of an event that was too large for it, why, and when that was said."""
         # Compressed, a larger event may fit where a smaller one did not.
-        self._by_size = all(
-            config.kafka.get(name, "none") == "none" for name in ("compression.type", "compression.codec")
-        )
+        settings = {**KAFKA_DEFAULTS, **config.kafka}  # of the two names of the setting the later one counts
+        self._by_size = [value for name, value in settings.items() if name in _CODEC][-1] == "none"
         self._patient_from = 0.0
 
     def part(self, rows: Sequence[Any]) -> tuple[set[str], dict[int, str]]:

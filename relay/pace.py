@@ -11,13 +11,13 @@ BACKOFF_FIRST, BACKOFF_MOST = 0.1, 5.0
 class Pace:
     """Adaptive polling: quick while events come, slow when idle. The wait grows with the time since the last event.
 
-    With the defaults: 1.5 ms at first, 5 ms after 0.1 s of silence, 50 ms after a second, 100 ms after two
+    With the defaults: 1.5 ms at first, 5 ms after 0.1 s of silence, 50 ms after a second, 125 ms after two and a half
     (docs/design.md, "Waking").
     """
 
     shortest: float = 0.0015
     """Seconds. The wait right after an event."""
-    longest: float = 0.1
+    longest: float = 0.125
     """Seconds. The wait of an idle lane; an event that ends the silence is noticed half of this later on average."""
     slope: float = 0.05
     """Seconds of wait a second of silence."""

@@ -15,7 +15,7 @@ def test_the_wait_grows_with_the_silence() -> None:
     assert pace.wait(0.1) == pytest.approx(0.005)
     assert pace.wait(1) == 0.05
     assert pace.wait(2) == 0.1
-    assert pace.wait(3600) == 0.1
+    assert pace.wait(3600) == 0.125
 
 
 @given(silences, silences)

@@ -94,7 +94,7 @@ def test_an_event_that_fits_is_published_and_one_that_is_512_bytes_larger_kafka_
     with Site(database, kafka.bootstrap) as site:
         with Session(engine) as session, session.begin():
             Outbox(CATALOGUE).add(session, *fitting, refused)
-        site.taken()
+        site.taken(OUTBOX_KAFKA_COMPRESSION_TYPE="none")
         assert len(check_exactly_once(site, parked=1)) == len(fitting)
         assert site.value("SELECT id FROM outbox.dead_event") is not None
 

@@ -401,11 +401,14 @@ class _Fetched:
     parked: dict[int, str] = field(default_factory=dict)
     began: float = 0.0
     """When its Kafka transaction began, by the monotonic clock."""
+    count: int = field(init=False)
+    """Of its rows, which are let go once Kafka has them: of a backlog they are most of the relay's memory."""
+    last: int = field(init=False)
+    """The highest seq of its rows and of those it parks."""
 
-    @property
-    def last(self) -> int:
-        """The highest seq of its rows and of those it parks."""
-        return max(self.rows[-1][0] if self.rows else 0, max(self.parked, default=0))
+    def __post_init__(self) -> None:
+        self.count = len(self.rows)
+        self.last = max(self.rows[-1][0] if self.rows else 0, max(self.parked, default=0))
 
 
 @contextmanager
@@ -476,7 +479,7 @@ class _Cycle:
                 fetched = await self._fetch()
                 if fetched is not None:
                     await self._publish(fetched)
-                await self._read_holders(len(fetched.rows) if fetched else 0)
+                await self._read_holders(fetched.count if fetched else 0)
                 if fetched is None:
                     await self._rest()
             await self._drain()
@@ -580,7 +583,7 @@ class _Cycle:
             self.floor.fetched(0, complete=looked)
         else:
             last = fetched.last
-            taken = len(fetched.rows) + len(fetched.parked)
+            taken = fetched.count + len(fetched.parked)
             complete = taken == len(rows) < limit and not self._full(rows)
             self.floor.fetched(last, complete)
 
@@ -615,7 +618,7 @@ class _Cycle:
         self._finishing[number] = _Finishing(commit, asyncio.create_task(self._delete(fetched, commit)))
         if fetched.parked:
             await self._finishing[number].delete
-        elif len(fetched.rows) < AHEAD_ROWS or self._search is not Search.NONE:
+        elif fetched.count < AHEAD_ROWS or self._search is not Search.NONE:
             await commit
         if self._search is self._quarantine.search:  # else this batch was begun before a search, and says nothing of it
             self._quarantine.passed(fetched.last)
@@ -628,7 +631,7 @@ class _Cycle:
         try:
             yield
         except (EventRefused, Undelivered) as refused:
-            if not fetched.rows:
+            if not fetched.count:
                 raise KafkaTrouble(str(refused)) from refused
             self.refused = fetched.number
             if self._search is Search.NONE:
@@ -655,7 +658,7 @@ class _Cycle:
         self._begun[fetched.number] = fetched
         produce = self._kafka.begin(fetched.number)
         rows = YIELD_ROWS if self._search is Search.NONE else 1
-        for start in range(0, len(fetched.rows), rows):
+        for start in range(0, fetched.count, rows):
             with _of_row(None if self._search is Search.NONE else start), typed("produce a batch", EventRefused):
                 self._records.produce(fetched.rows[start : start + rows], produce)
             if start % YIELD_ROWS == 0:
@@ -682,6 +685,7 @@ class _Cycle:
             self._shared.metrics.batch(fetched.rows, self._last_progress - fetched.began)
         if self._shared.tracing is not None:
             self._shared.tracing.batch(self._number, number, fetched.rows, self._last_progress - fetched.began)
+        fetched.rows = []
         return suspicious
 
     def _commit_in_thread(self, number: int, metadata: str) -> str | None:
@@ -705,7 +709,7 @@ class _Cycle:
             error = next(iter(fetched.parked.values()))
             log.warning("events parked", lane=self._number, events=len(fetched.parked), error=error)
         self._shared.failpoint.done(Step.DELETE)
-        log.debug("batch published", lane=self._number, batch=number, events=len(fetched.rows))
+        log.debug("batch published", lane=self._number, batch=number, events=fetched.count)
         if suspicious is not None:  # stays in `_finishing`, where whoever comes next finds it
             raise Recycle(suspicious)
         del self._finishing[number]

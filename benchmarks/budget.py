@@ -8,10 +8,12 @@ database (pg_stat_statements), and what py-spy sees the event loop's thread do. 
 import signal
 import statistics
 import subprocess
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -164,7 +166,18 @@ def _profile(stage: Stage, contender: Contender, backlog: Backlog, pid: int) -> 
     """Percent of the samples of the event loop's thread, by part; None where py-spy may not look (it needs ptrace)."""
     folder = make_folder("profile")
     raw = folder / "stacks.txt"
-    command = ["py-spy", "record", "--pid", str(pid), "--native", "--threads", "--rate", "500", "--duration", "60"]
+    command = [
+        str(Path(sys.executable).parent / "py-spy"),
+        "record",
+        "--pid",
+        str(pid),
+        "--native",
+        "--threads",
+        "--rate",
+        "500",
+        "--duration",
+        "60",
+    ]
     try:
         with Reader(stage, backlog) as reader, psycopg.connect(stage.postgres.url(contender.database)) as writer:
             writer.execute(backlog.insert(contender))

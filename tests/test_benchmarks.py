@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -323,7 +324,7 @@ def test_the_report_shows_the_budget_of_an_event_step_by_step() -> None:
 
 def test_threads_of_this_process_are_seen_with_their_cpu() -> None:
     seen = {number: seconds for number, _, seconds in machine.threads(os.getpid())}
-    assert seen[os.getpid()] > 0
+    assert seen[os.getpid()] > 0 if sys.platform == "linux" else not seen
     assert machine.threads(None) == []
 
 
